@@ -1,0 +1,25 @@
+"""From a bundle, a picture and a question to an answer: numpy, Pillow, tokenizers and an inference library.
+
+bundle = Bundle.open()
+result = FocusRunner(bundle).ask(open_picture("photo.jpg"), "What is written on the sign?")
+"""
+
+from dualfocus.runtime.bundle import Bundle
+from dualfocus.runtime.errors import BundleError, EngineError, InputError, PictureError, QuestionError
+from dualfocus.runtime.image import open_picture
+from dualfocus.runtime.plain import PlainRunner
+from dualfocus.runtime.result import FocusResult
+from dualfocus.runtime.scheduler import FocusRunner
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "EngineError",
+    "FocusResult",
+    "FocusRunner",
+    "InputError",
+    "PictureError",
+    "PlainRunner",
+    "QuestionError",
+    "open_picture",
+]

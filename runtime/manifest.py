@@ -1,0 +1,202 @@
+"""What a bundle says about itself: ``manifest.json`` as frozen dataclasses.
+
+A bundle is a folder::
+
+    manifest.json     written last; a folder without one is not a bundle
+    vision.onnx       pixel_values (N, 3, S, S) f32 -> image_features (N, T, D) f32 (tower and projector)
+    decoder.onnx      one call appends embeddings to the KV cache, see `DecoderSpec`
+    embeddings.npy    (vocabulary, D) f32, memory-mapped: row i embeds token i
+    tokenizer.json    of the `tokenizers` library
+
+ONNX external data lies beside its graph and is listed in `Manifest.files` like everything else.
+Head counts, sizes, dtypes, prompts and coordinates come from here and from nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dualfocus.runtime.errors import BundleError
+
+FORMAT_VERSION = 1
+
+Fit = Literal["pad", "crop"]
+CoordinateSpace = Literal["original", "padded", "model"]
+SelectRule = Literal["reference", "answer"]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of the bundle: its size is checked at every opening, its hash by `inspect --verify`."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How a picture becomes `size` x `size` pixels, and how many tokens those become."""
+
+    size: int
+    tokens: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    fit: Fit  # "pad": to a square with the mean colour; "crop": shortest edge to `size`, then centre crop
+
+    @property
+    def pad_colour(self) -> tuple[int, int, int] | None:
+        """The processor's mean as bytes, truncated as the original does; None where nothing is padded."""
+        if self.fit == "crop":
+            return None
+        red, green, blue = (int(channel * 255) for channel in self.mean)
+        return red, green, blue
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """The decoder graph's contract.
+
+    Inputs: ``inputs_embeds`` (B, S, hidden) f32; ``seqlens_k`` (B,) i32, valid tokens including the
+    new ones, minus one; ``total_sequence_length`` () i32, the longest row's valid tokens;
+    ``logits_at`` (B, K) i64, the positions in S whose logits are wanted; with `ragged_append` also
+    ``query_seqlens`` (B,) i32, how many of the S new positions each row really has (right-padded);
+    ``past_key_values.{i}.key`` and ``.value`` (B, kv_heads, capacity, head_size) f32.
+
+    Outputs: ``logits`` (B, K, vocabulary) f32; ``present.{i}.key`` and ``.value``, which may be bound
+    to the very buffers of the past: the cache is updated in place and its capacity never changes.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    context: int  # tokens the positions reach
+    dtype: Literal["float32"]
+    ragged_append: bool  # appends of S > 1 to a non-empty cache in batches > 1
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The protocol's turns as text. Placeholders: {Q}, the question's first line; {T}, the whole question.
+
+    A rendered dialogue is ``system``, then for every turn ``user`` with {turn} filled in and, where
+    answered, ``reply`` with {answer}; ``image`` marks where an image's tokens stand.
+    """
+
+    system: str
+    user: str
+    reply: str
+    image: str
+    macro: str
+    locate: str
+    micro: str
+    select: str
+    hint: str  # appended to a one-line question as its second line; empty where the model needs none
+
+    @property
+    def select_is_micro(self) -> bool:
+        """The select turn is the micro turn, so that the draft pass scores the macro answer for nothing."""
+        return self.select == self.micro
+
+    def check(self) -> None:
+        """Raise BundleError if a placeholder is missing, or a turn does not show exactly one image."""
+        holders = {"user": "{turn}", "reply": "{answer}"}
+        holders |= dict.fromkeys(("macro", "locate", "micro", "select"), self.image)
+        for name, holder in holders.items():
+            if not holder or getattr(self, name).count(holder) != 1:
+                raise BundleError(
+                    f"manifest.json: field prompts.{name} does not hold {holder!r} exactly once"
+                )
+
+
+@dataclass(frozen=True)
+class TokenSpec:
+    """Special tokens: `bos` opens every dialogue (None: nothing does), any of `eos` ends a reply."""
+
+    bos: int | None
+    eos: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a bundle says about itself."""
+
+    format_version: int
+    name: str
+    created_by: str  # "dualfocus 0.1.0"
+    source: dict[str, str]  # where the weights came from: checkpoint, architecture, revision …
+    image: ImageSpec
+    decoder: DecoderSpec
+    tokens: TokenSpec
+    prompts: Prompts
+    coordinates: CoordinateSpace  # what the model's box numbers are fractions (or pixels) of
+    select: SelectRule
+    max_new_tokens: int
+    files: dict[str, FileEntry]
+
+    @classmethod
+    def from_dict(cls, raw: object) -> Manifest:
+        """Build from parsed JSON. Raises BundleError naming the first field that is wrong."""
+        if not isinstance(raw, dict):
+            raise BundleError(f"manifest.json holds a {type(raw).__name__}, expected an object")
+        version = raw.get("format_version")
+        if version != FORMAT_VERSION:
+            newer = isinstance(version, int) and version > FORMAT_VERSION
+            hint = "; a newer dualfocus can read it" if newer else ""
+            raise BundleError(f"bundle format version {version!r}, expected {FORMAT_VERSION}{hint}")
+        manifest: Manifest = _build(cls, raw, "")
+        manifest.prompts.check()
+        return manifest
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form; ``from_dict(to_dict(m)) == m``."""
+        return dataclasses.asdict(self)
+
+
+def _build(kind: Any, raw: Any, path: str) -> Any:
+    """Check `raw` against the annotation `kind` and build it; `path` names the field in errors."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(raw, dict):
+            raise _wrong(path, raw, "an object")
+        hints = typing.get_type_hints(kind)
+        for name in raw:
+            if name not in hints:
+                raise BundleError(f"manifest.json: unknown field {path}{name}")
+        for name in hints:
+            if name not in raw:
+                raise BundleError(f"manifest.json: field {path}{name} is missing")
+        values = {name: _build(hint, raw[name], f"{path}{name}.") for name, hint in hints.items()}
+        return kind(**values)  # type: ignore[operator]
+    if origin is Literal:
+        if raw not in args:
+            raise _wrong(path, raw, "one of " + ", ".join(map(str, args)))
+        return raw
+    if origin is types.UnionType:
+        return None if raw is None else _build(args[0], raw, path)
+    if origin is tuple:
+        variadic = args[-1] is Ellipsis
+        if not isinstance(raw, list | tuple) or (not variadic and len(raw) != len(args)):
+            raise _wrong(path, raw, "a list" if variadic else f"a list of {len(args)}")
+        return tuple(_build(args[0], item, f"{path}{i}.") for i, item in enumerate(raw))
+    if origin is dict:
+        if not isinstance(raw, dict):
+            raise _wrong(path, raw, "an object")
+        return {name: _build(args[1], item, f"{path}{name}.") for name, item in raw.items()}
+    if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
+        return float(raw)
+    if type(raw) is not kind:  # not isinstance: True is no layer count
+        raise _wrong(
+            path, raw, {int: "an integer", float: "a number", str: "text", bool: "true or false"}[kind]
+        )
+    return raw
+
+
+def _wrong(path: str, raw: object, expected: str) -> BundleError:
+    return BundleError(f"manifest.json: field {path.rstrip('.')} is {raw!r:.60}, expected {expected}")

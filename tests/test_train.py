@@ -1,0 +1,183 @@
+"""The drawn scenes, their curation, and the exactness of what nano is trained on."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from dualfocus.train import curate, nano, recipe, scenes
+
+WHOLE_VIEW_PIXELS = nano.IMAGE.size
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_scene_is_what_its_description_says(seed: int) -> None:
+    scene = scenes.layout(seed)
+    assert scene == scenes.layout(seed)
+    picture = scenes.draw(scene)
+    assert picture.size == (scene.width, scene.height)
+    assert picture.mode == "RGB"
+    assert picture.tobytes() == scenes.draw(scene).tobytes()
+    longer = max(picture.size)
+    assert 800 <= longer <= 1600
+    assert min(picture.size) >= 400
+    assert 1 <= len(scene.things) <= 7
+    for i, thing in enumerate(scene.things):
+        assert 0.01 * longer <= thing.cap <= 0.02 * longer
+        # three view pixels at most: no whole-picture view resolves a label
+        assert thing.cap / longer * WHOLE_VIEW_PIXELS < 3.3
+        x0, y0, x1, y1 = thing.box
+        assert x0 >= 0
+        assert y0 >= 0
+        assert x1 <= scene.width
+        assert y1 <= scene.height
+        for other in scene.things[:i]:
+            assert max(abs(thing.x - other.x), abs(thing.y - other.y)) > 0.5 * (thing.size + other.size)
+
+
+def test_different_seeds_draw_different_pictures() -> None:
+    pictures = {scenes.draw(scenes.layout(seed)).tobytes() for seed in range(5)}
+    assert len(pictures) == 5
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_annotations_are_visual_genomes(seed: int) -> None:
+    scene = scenes.layout(seed)
+    records = scenes.annotate(scene, 7)
+    assert records["image_data"] == {"image_id": 7, "width": scene.width, "height": scene.height, "url": ""}
+    objects = records["objects"]["objects"]
+    assert [o["names"] for o in objects] == [[t.kind] for t in scene.things]
+    assert [o["attributes"] for o in records["attributes"]["attributes"]] == [
+        [t.colour] for t in scene.things
+    ]
+    regions = {r["region_id"]: r for r in records["region_descriptions"]["regions"]}
+    qas = records["question_answers"]["qas"]
+    assert len({qa["qa_id"] for qa in qas}) == len(qas)
+    assert set(records["qa_to_region_mapping"]) == {str(qa["qa_id"]) for qa in qas}
+    assert set(records["qa_to_region_mapping"].values()) <= set(regions)
+    known = {o["object_id"] for o in objects}
+    assert {o["object_id"] for qa in qas for o in qa["q_objects"]} <= known
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_curated_answers_are_true(seed: int) -> None:
+    scene = scenes.layout(seed)
+    for dialogue in curate.dialogues(scenes.annotate(scene, 0)):
+        question, answer = dialogue.question, dialogue.answer
+        words = question.rstrip("?").split()
+        if question.startswith("What is written on"):
+            (thing,) = [t for t in scene.things if words[-2:] == [t.colour, t.kind]]
+            assert answer == thing.label
+            assert dialogue.box == tuple(round(v) for v in thing.box)
+        elif question.startswith("What color"):
+            (thing,) = [t for t in scene.things if t.kind == words[-1]]
+            assert answer == thing.colour
+        elif question.startswith("What shape"):
+            (thing,) = [t for t in scene.things if t.colour == words[-2]]
+            assert answer == thing.kind
+        elif question.startswith("Is there"):
+            present = any(words[-2:] == [t.colour, t.kind] for t in scene.things)
+            assert answer == ("yes" if present else "no")
+        elif question.startswith("How many"):
+            asked = words[2] if words[3] == "objects" else words[2][:-1]
+            assert answer == str(sum(asked in (t.colour, t.kind) for t in scene.things))
+        else:
+            (one,) = [t for t in scene.things if words[2:4] == [t.colour, t.kind]]
+            (other,) = [t for t in scene.things if words[-2:] == [t.colour, t.kind]]
+            first = one.x < other.x if "left" in words else one.y < other.y
+            assert answer == ("yes" if first else "no")
+
+
+def test_ambiguous_questions_are_dropped() -> None:
+    base = scenes.layout(3)
+    thing = dataclasses.replace(base.things[0], kind="star", colour="red")
+    twin = dataclasses.replace(base.things[1], kind="star", colour="red")
+    other = dataclasses.replace(base.things[2], kind="star", colour="blue")
+
+    def kept(*things: scenes.Thing) -> set[str]:
+        return {
+            d.question for d in curate.dialogues(scenes.annotate(dataclasses.replace(base, things=things), 0))
+        }
+
+    assert {"What is written on the red star?", "What color is the star?"} <= kept(thing)
+    two_stars = kept(thing, other)
+    assert {"What is written on the red star?", "What is written on the blue star?"} <= two_stars
+    assert "What color is the star?" not in two_stars
+    twins = kept(thing, twin)
+    assert (
+        not {"What is written on the red star?", "Is there a red star?", "What shape is the red object?"}
+        & twins
+    )
+    assert any(question.startswith("How many") for question in twins)
+
+
+def test_a_question_without_a_region_is_dropped() -> None:
+    records = copy.deepcopy(scenes.annotate(scenes.layout(1), 0))
+    kept = len(curate.dialogues(records))
+    records["qa_to_region_mapping"].clear()
+    assert kept > 0
+    assert curate.dialogues(records) == []
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_cells_say_what_the_view_shows(seed: int) -> None:
+    scene = scenes.layout(seed)
+    whole = nano.view_cells(scene, (0, 0, scene.width, scene.height))
+    filled = whole[whole[:, 0] > 0]
+    assert len(filled) <= len(scene.things)
+    assert {(scenes.KINDS[k - 1], list(scenes.COLOURS)[c - 1]) for k, c in filled[:, :2]} <= {
+        (t.kind, t.colour) for t in scene.things
+    }
+    assert (filled[:, 6:] == 0).all()  # no label is legible in the whole picture
+    for thing in scene.things:
+        crop = recipe.crop_of(scene, nano.box_text(scene, thing.box))
+        cells = nano.view_cells(scene, crop)
+        spelled = ["".join(scenes.ALPHABET[c - 1] for c in cell[6:]) for cell in cells if cell[6] > 0]
+        assert thing.label in spelled
+
+
+def test_tokenizer_reads_back_what_it_wrote() -> None:
+    tokenizer = nano.build_tokenizer()
+    for text in (
+        "USER: What is written on the red star? ASSISTANT: K7P",
+        "naïve 12.34 Größe\n[0.5, x]",
+        "日本",
+    ):
+        assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+    box = tokenizer.encode(" [0.12, 0.34, 0.56, 1.00]")
+    assert len(box.ids) == 9
+    assert len(tokenizer.encode(" K7P").ids) == 3
+
+
+def test_a_tree_trains_what_its_dialogues_would_one_by_one() -> None:
+    """Logits at every target of a tree equal those of the whole dialogue fed alone."""
+    trees = recipe.Trees(0, pixels=True)
+    model = nano.build_model(trees.tokenizer, 0).eval()
+    dialogues = recipe.Dialogues(model, trees.tokenizer)
+    tree = trees.tree(5)
+    batch = recipe.collate([trees.tree(4), tree])
+    with torch.no_grad():
+        image_tokens = model.get_image_features(pixel_values=recipe.normalise(batch["pixels"]))
+        image_tokens = torch.stack(list(image_tokens))
+        together, _ = dialogues.loss(batch, image_tokens)
+        decoder, losses, weights = model.model.language_model, [], []
+        first = 0
+        for one in (trees.tree(4), tree):
+            tokens = image_tokens[first : first + len(one.cells)].flatten(0, 1)
+            first += len(one.cells)
+            for rows in one.branches:
+                for row in rows:
+                    columns = torch.from_numpy(np.concatenate([one.prefix, row]))
+                    embeds = decoder.embed_tokens(columns[:, 0])
+                    here = columns[:, 0] == model.config.image_token_id
+                    embeds[here] = tokens[columns[here, 1]]
+                    logits = model.lm_head(decoder(inputs_embeds=embeds[None]).last_hidden_state[0])
+                    wanted = columns[:, 2] >= 0
+                    weight = torch.where(columns[wanted, 3] == 0, 0.2, 1.0)
+                    likely = logits[wanted].log_softmax(-1)
+                    losses.append(-(dialogues.soft[columns[wanted, 2]] * likely).sum(-1) * weight)
+                    weights.append(weight)
+    alone = torch.cat(losses).sum() / torch.cat(weights).sum()
+    assert torch.allclose(together, alone, atol=1e-4)

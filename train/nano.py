@@ -1,0 +1,192 @@
+"""The built-in model: its sizes, its tokenizer, and what each cell of a view shows.
+
+nano sees `IMAGE.size`² pixels as `GRID` x `GRID` cells, one image token each. A cell that holds the
+centre of an object is asked for nine *slots*: the object's kind and colour, its box in hundredths of the
+view, and its label's three letters where the view resolves them. Slots exist in training only: they are
+the tower's dense labels and the symbols the decoder learns to look things up in before it sees pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from dualfocus.kernels import crop_resize_u8
+from dualfocus.runtime.geometry import Box, Crop, convert
+from dualfocus.runtime.manifest import ImageSpec, Prompts
+from dualfocus.runtime.turns import DUALFOCUS
+from dualfocus.train.scenes import ALPHABET, COLOURS, KINDS, Pixels, Scene
+
+GRID = 8
+IMAGE = ImageSpec(size=160, tokens=GRID * GRID, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), fit="pad")
+
+# slot names and their number of classes; class 0 of a word slot means "none"
+SLOTS = {"kind": len(KINDS) + 1, "colour": len(COLOURS) + 1}
+SLOTS |= dict.fromkeys(("x0", "y0", "x1", "y1"), 100)
+SLOTS |= dict.fromkeys(("first", "second", "third"), len(ALPHABET) + 1)
+COORDINATES = slice(2, 6)  # the slots that are numbers, not words
+
+LEGIBLE = 6.0  # cap height in view pixels from which letters can be told apart
+
+
+def view_pixels(picture: NDArray[np.uint8], crop: Crop) -> NDArray[np.uint8]:
+    """The view (S, S, 3) u8 of a crop of a picture (H, W, 3) u8, as the runtime makes it."""
+    return crop_resize_u8(picture, crop, IMAGE.size, pad=IMAGE.pad_colour)
+
+
+def to_view(crop: Crop, box: Pixels) -> Pixels:
+    """A box in pixels of the picture as fractions of the crop's padded square; may reach beyond [0, 1]."""
+    x, y = crop[:2]
+    inside = Box(box[0] - x, box[1] - y, box[2] - x, box[3] - y, "pixels")
+    return convert(inside, "padded", crop[2] - x, crop[3] - y, IMAGE).corners
+
+
+def view_cells(scene: Scene, crop: Crop) -> NDArray[np.int64]:
+    """(GRID², 9) slot classes of a view; cells without an object's centre are all zero."""
+    cells = np.zeros((GRID * GRID, len(SLOTS)), np.int64)
+    side = max(crop[2] - crop[0], crop[3] - crop[1])
+    for thing in scene.things:
+        if not (crop[0] <= thing.x < crop[2] and crop[1] <= thing.y < crop[3]):
+            continue
+        x0, y0, x1, y1 = to_view(crop, thing.box)
+        column, row = int((x0 + x1) / 2 * GRID), int((y0 + y1) / 2 * GRID)
+        hundredths = [min(99, max(0, round(v * 100))) for v in (x0, y0, x1, y1)]
+        legible = thing.cap / side * IMAGE.size >= LEGIBLE
+        letters = [ALPHABET.index(c) + 1 if legible else 0 for c in thing.label]
+        cells[row * GRID + column] = [
+            KINDS.index(thing.kind) + 1,
+            list(COLOURS).index(thing.colour) + 1,
+            *hundredths,
+            *letters,
+        ]
+    return cells
+
+
+PROMPTS = Prompts(
+    system="",
+    user="USER: {turn} ASSISTANT:",
+    reply=" {answer}</s>",
+    image="<image>",
+    macro=DUALFOCUS.macro,
+    locate=DUALFOCUS.locate,
+    micro=DUALFOCUS.micro,
+    select=DUALFOCUS.micro,
+    hint="",
+)
+
+# A box is nine tokens, four of them chosen: " [0." "12" ", 0." "34" ", 0." "56" ", 0." "78" "]".
+# Letters and digits of a label stand alone, so that a label is spelled and not looked up.
+_WORDS = r" ?\[[01]\.|, [01]\.|(?<=[01]\.)\d\d|\]| ?[A-Z0-9](?![a-z])| ?[A-Za-z]+| ?[^\sA-Za-z0-9]|\s"
+
+
+def build_tokenizer() -> Tokenizer:
+    """A byte-level BPE over the words of the drawn world; any other text falls back to its bytes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,  # more than there is to merge: every word below becomes one token
+        special_tokens=["<s>", "</s>", "<pad>", "<image>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    # not special: they are read back as text
+    tokenizer.add_tokens(["USER:", "ASSISTANT:"])
+    return tokenizer
+
+
+def box_text(scene: Scene, box: Pixels) -> str:
+    """The reply that names `box`, given in pixels: hundredths of the padded square, 0.99 at most."""
+    fractions = to_view((0, 0, scene.width, scene.height), box)
+    return "[" + ", ".join(f"{min(0.99, max(0.0, v)):.2f}" for v in fractions) + "]"
+
+
+def build_model(tokenizer: Tokenizer, seed: int) -> LlavaForConditionalGeneration:
+    """nano with fresh weights: 1.4 M in the tower, 1.9 M in the decoder, float32."""
+    from dualfocus.export.nano_tower import NanoVisionConfig
+
+    torch.manual_seed(seed)
+    text = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        bos_token_id=tokenizer.token_to_id("<s>"),
+        eos_token_id=tokenizer.token_to_id("</s>"),
+        pad_token_id=tokenizer.token_to_id("<pad>"),
+    )
+    config = LlavaConfig(
+        vision_config=NanoVisionConfig(),
+        text_config=text,
+        image_token_id=tokenizer.token_to_id("<image>"),
+        image_token_index=tokenizer.token_to_id("<image>"),
+        image_seq_length=IMAGE.tokens,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=True,
+    )
+    model = LlavaForConditionalGeneration(config)
+    _look_alikes(model, tokenizer)
+    return model
+
+
+def waves() -> torch.Tensor:
+    """(100, 10) sines and cosines of a number in hundredths: near numbers are alike, far ones are not."""
+    angle = torch.arange(100)[:, None] / 100 * math.tau * 2.0 ** torch.arange(-1, 4)
+    return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+def turn(hidden: int) -> torch.Tensor:
+    """A fixed rotation (hidden, hidden): image tokens start out as the turned embeddings of words."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.linalg.qr(torch.randn(hidden, hidden, generator=generator))[0]
+
+
+@torch.no_grad()
+def _look_alikes(model: LlavaForConditionalGeneration, tokenizer: Tokenizer) -> None:
+    """Start the decoder off as a look-up machine, which is most of what it will have to be.
+
+    A query is the key of the turned token: so a word looks at the cells that show it, and not at itself.
+    Outputs are transposed values: a token takes over what it looks at. Numbers resemble their neighbours.
+    """
+    rotation = turn(model.config.text_config.hidden_size)
+    for layer in model.model.language_model.layers:
+        attention = layer.self_attn
+        attention.k_proj.weight.mul_(2)  # sharp enough to find one cell among all
+        attention.q_proj.weight.copy_(attention.k_proj.weight @ rotation)
+        attention.o_proj.weight.copy_(0.1 * attention.v_proj.weight.T)
+    table = model.get_input_embeddings().weight
+    numbers = [tokenizer.token_to_id(f"{n:02d}") for n in range(100)]
+    table[numbers] = waves() @ torch.randn(10, table.shape[1]) * (0.05 / 5**0.5)
+
+
+def _corpus() -> Iterator[str]:
+    yield from (PROMPTS.locate, PROMPTS.micro)
+    for number in range(100):
+        yield f" [0.{number:02d}, 0.{number:02d}] [1.00, 1.00]"
+    yield " ".join(("", *ALPHABET)) + ALPHABET
+    for kind in KINDS:
+        yield f" {kind} {kind}s"
+    for colour in COLOURS:
+        yield f" {colour}"
+    yield (
+        "What color is the? What shape is the object? What is written on the? Is there a left of above?"
+        " How many objects are there? yes no 0 1 2 3 4 5 6 7 8 9"
+    )

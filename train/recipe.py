@@ -1,0 +1,520 @@
+"""How nano is trained, in three stages.
+
+1. `tower`: the vision tower names each cell's slots (`train.nano`) in views of drawn scenes.
+2. `symbols`: the decoder learns the dialogues on scenes whose image tokens are sums of slot embeddings:
+   no pixels, so looking things up is learned on clean evidence and many questions a second.
+3. `align`: the projector learns to make those sums out of the frozen tower's features, then projector
+   and decoder learn the dialogues on real features.
+
+Run as ``python -m dualfocus.train.recipe STAGE --minutes M``; every stage saves to ``train/runs/`` and goes
+on from what is there with ``--resume``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import DynamicCache, LlavaForConditionalGeneration
+
+from dualfocus.export.nano_tower import NanoVisionConfig, NanoVisionModel
+from dualfocus.runtime.geometry import Crop, find_region
+from dualfocus.runtime.manifest import TokenSpec
+from dualfocus.runtime.turns import Image, ImageToken, Prompt, Question, Turn, render, tokenize
+from dualfocus.train import curate, nano, scenes
+from dualfocus.train.curate import Dialogue
+
+RUNS = Path("train/runs")
+
+
+def jittered(rng: random.Random, box: scenes.Pixels, amount: float) -> scenes.Pixels:
+    """A box as a model may predict it: every side moved by up to `amount` of the box's size."""
+    size = box[2] - box[0]
+    x0, y0, x1, y1 = (v + rng.uniform(-amount, amount) * size for v in box)
+    return x0, y0, x1, y1
+
+
+def crop_of(scene: scenes.Scene, reply: str) -> Crop:
+    """The crop that a locate reply leads to."""
+    crop = find_region(reply, "padded", scene.width, scene.height, nano.IMAGE).crop
+    assert crop is not None
+    return crop
+
+
+class Views(IterableDataset[tuple[Tensor, Tensor]]):
+    """Endless (pixels (4, S, S, 3) u8, cells (4, GRID², 9)) of new scenes: the whole and three crops."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        seed = self.first
+        while True:
+            scene = scenes.layout(seed)
+            rng = random.Random(seed)
+            picture = np.asarray(scenes.draw(scene))
+            crops = [(0, 0, scene.width, scene.height)]
+            for thing in rng.choices(scene.things, k=3):
+                crops.append(crop_of(scene, nano.box_text(scene, jittered(rng, thing.box, 0.12))))
+            pixels = np.stack([nano.view_pixels(picture, crop) for crop in crops])
+            cells = np.stack([nano.view_cells(scene, crop) for crop in crops])
+            yield torch.from_numpy(pixels), torch.from_numpy(cells)
+            seed += 1
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """(N, S, S, 3) u8 -> (N, 3, S, S) f32, channels last in memory."""
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (nano.IMAGE.mean, nano.IMAGE.std))
+    return ((pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std).contiguous(
+        memory_format=torch.channels_last
+    )
+
+
+def near(classes: int, spread: float = 1.0) -> Tensor:
+    """(classes, classes) soft targets: a number's neighbours are nearly right."""
+    i = torch.arange(classes)
+    return torch.softmax(-((i[:, None] - i[None]) ** 2) / (2 * spread**2), -1)
+
+
+class SlotHeads(nn.Module):
+    """One linear classifier for each slot, on every cell."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.all = nn.Linear(width, sum(nano.SLOTS.values()))
+        self.near = near(100)
+
+    def loss(self, features: Tensor, cells: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Cross-entropy over slots (background only says that it is background), and shares right."""
+        parts = self.all(features.flatten(0, -2)).float().split(list(nano.SLOTS.values()), -1)
+        cells = cells.flatten(0, -2)
+        filled = cells[:, 0] > 0
+        # background cells are ten times as many: unweighted they drown everything else
+        weight = torch.where(filled, 1.0, 0.12)
+        total = (F.cross_entropy(parts[0], cells[:, 0], reduction="none") * weight).sum() / weight.sum()
+        right = {"kind": (parts[0].argmax(-1) == cells[:, 0])[filled].float().mean().item()}
+        right["background"] = (parts[0].argmax(-1) == 0)[~filled].float().mean().item()
+        for i, (name, classes) in enumerate(nano.SLOTS.items()):
+            if i == 0:
+                continue
+            logits, target = parts[i][filled], cells[filled, i]
+            if classes == 100:
+                total = total + 0.25 * F.cross_entropy(logits, self.near[target])
+                right[name] = ((logits.argmax(-1) - target).abs() <= 2).float().mean().item()
+            else:
+                total = total + F.cross_entropy(logits, target)
+                seen = target > 0
+                right[name] = (logits.argmax(-1) == target)[seen].float().mean().item()
+        return total, right
+
+
+class Progress:
+    """Time-based schedule and a curve: one JSON line every few seconds, printed and kept."""
+
+    def __init__(self, stage: str, minutes: float, peak: float) -> None:
+        self.start, self.seconds, self.peak = time.monotonic(), minutes * 60, peak
+        self.log = (RUNS / f"{stage}.jsonl").open("a")
+        self.last = 0.0
+        self.seen: dict[str, list[float]] = {}
+
+    @property
+    def share(self) -> float:
+        return (time.monotonic() - self.start) / self.seconds
+
+    def rate(self, optimizer: torch.optim.Optimizer) -> None:
+        """Warm up over the first 3 % of the time, then a cosine to zero."""
+        share = min(1.0, self.share)
+        rate = self.peak * min(1.0, share / 0.03) * 0.5 * (1 + math.cos(math.pi * share))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("scale", 1.0)
+
+    def note(self, step: int, samples: int, **values: float) -> None:
+        for name, value in values.items():
+            self.seen.setdefault(name, []).append(value)
+        if time.monotonic() - self.last > 15:
+            self.last = time.monotonic()
+            means = {name: round(float(np.nanmean(value)), 4) for name, value in self.seen.items()}
+            line = {
+                "minutes": round((self.last - self.start) / 60, 2),
+                "step": step,
+                "samples": samples,
+                **means,
+            }
+            print(json.dumps(line), flush=True)
+            self.log.write(json.dumps(line) + "\n")
+            self.log.flush()
+            self.seen = {}
+
+
+def train_tower(minutes: float, seed: int, resume: bool) -> None:
+    """Stage 1: 24 scenes (96 views) a step, bf16 autocast."""
+    torch.manual_seed(seed)
+    tower, heads = NanoVisionModel(NanoVisionConfig()), SlotHeads(NanoVisionConfig().hidden_size)
+    path = RUNS / "tower.pt"
+    state: dict[str, Any] = {"samples": 0}
+    if resume:
+        state = torch.load(path)
+        tower.load_state_dict(state["tower"])
+        heads.load_state_dict(state["heads"])
+    tower = tower.to(memory_format=torch.channels_last)
+    parameters = [*tower.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.02)
+    progress = Progress("tower", minutes, 2e-3 if not resume else 1e-3)
+    batch = 24
+    loader = DataLoader(
+        Views(seed * 1_000_000 + state["samples"]), batch_size=batch, num_workers=1, prefetch_factor=4
+    )
+    step = 0
+    for pixels, cells in loader:
+        progress.rate(optimizer)
+        with torch.autocast("cpu", torch.bfloat16):
+            features = tower(normalise(pixels.flatten(0, 1))).last_hidden_state
+        loss, right = heads.loss(features.float(), cells.flatten(0, 1))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        step, state["samples"] = step + 1, state["samples"] + batch
+        progress.note(step, state["samples"], loss=loss.item(), **right)
+        if progress.share >= 1 or step % 200 == 0:
+            torch.save({**state, "tower": tower.state_dict(), "heads": heads.state_dict()}, path)
+        if progress.share >= 1:
+            return
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Dialogues about one picture as the runtime runs them: the picture's prefix once, then branches.
+
+    A column is (token id, image cell, target, group): the cell is view * GRID² + cell where the id is
+    <image>; the target is the token to predict there, or -100; the group says whose reply it is.
+    """
+
+    prefix: NDArray[np.int64]  # (P, 4)
+    branches: list[NDArray[np.int64]]  # one (n, L, 4) for each of BRANCHES, padded on the right
+    cells: NDArray[np.int64]  # (views, GRID², 9)
+    pixels: NDArray[np.uint8]  # (views, S, S, 3), no views where symbols are enough
+
+
+BRANCHES = {"macro": 6, "locate": 3, "micro": 3}  # how many of each a tree has
+PADDING = (0, 0, -100, 0)
+CATEGORIES = ("detail", "attribute", "existence", "count", "relation")
+GROUPS = (*(f"macro {c}" for c in CATEGORIES), *(f"micro {c}" for c in CATEGORIES), "box")
+
+
+class Trees(IterableDataset[Tree]):
+    """Endless trees of new scenes."""
+
+    def __init__(self, first: int, pixels: bool) -> None:
+        self.first, self.pixels = first, pixels
+        self.things = (3, 7)  # fewest and most objects in a scene
+        self.tokenizer = nano.build_tokenizer()
+        self.image_id = self.tokenizer.token_to_id("<image>")
+        self.tokens = TokenSpec(self.tokenizer.token_to_id("<s>"), (self.tokenizer.token_to_id("</s>"),))
+
+    def __iter__(self) -> Iterator[Tree]:
+        seed = self.first
+        while True:
+            yield self.tree(seed)
+            seed += 1
+
+    def tree(self, seed: int) -> Tree:
+        """The tree of the scene of this seed."""
+        scene = scenes.layout(seed, *self.things)
+        rng = random.Random(seed)
+        asked = curate.dialogues(scenes.annotate(scene, 0))
+        crops = [(0, 0, scene.width, scene.height)]
+        branches: list[list[NDArray[np.int64]]] = []
+
+        def branch(question: str, turns: list[Turn], learn: list[tuple[int, str]]) -> None:
+            pieces = render(nano.PROMPTS, Question.parse(question, ""), turns)
+            views = ["0", str(len(crops) - 1)][: sum(isinstance(p, Image) for p in pieces)]
+            prompt = tokenize(pieces, self.tokenizer, self.tokens, views, nano.GRID**2)
+            branches[-1].append(self.columns(prompt, learn))
+
+        branches.append([])
+        for d in self.choose(rng, asked, (0.3, 2, 2, 2, 1.5), BRANCHES["macro"]):
+            branch(d.question, [Turn(nano.PROMPTS.macro, d.answer)], [(0, f"macro {d.category}")])
+        branches.append([])
+        for d in self.choose(rng, asked, (2, 2, 1, 1, 1), BRANCHES["locate"]):
+            branch(d.question, [Turn(nano.PROMPTS.locate, nano.box_text(scene, d.box))], [(0, "box")])
+        branches.append([])
+        for d in self.choose(rng, asked, (3, 1, 1.5, 1.5, 1), BRANCHES["micro"]):
+            # half of the crops are as true as boxes get, half as wrong as a model's may be
+            wrong = rng.random() < 0.5
+            text = nano.box_text(scene, jittered(rng, d.box, 0.12) if wrong else d.box)
+            crops.append(crop_of(scene, text))
+            turns = [Turn(nano.PROMPTS.locate, text), Turn(nano.PROMPTS.micro, d.answer)]
+            branch(d.question, turns, [(1, f"micro {d.category}")] + ([] if wrong else [(0, "box")]))
+
+        # macro and locate part ways right after the picture: what they share is the prefix
+        shared = branches[0][0][: len(branches[1][0]), :2] == branches[1][0][: len(branches[0][0]), :2]
+        prefix = int(shared.all(-1).argmin())
+        picture = np.asarray(scenes.draw(scene)) if self.pixels else None
+        views = [nano.view_pixels(picture, crop) for crop in crops] if picture is not None else []
+        return Tree(
+            branches[0][0][:prefix],
+            [pad([row[prefix:] for row in rows]) for rows in branches],
+            np.stack([nano.view_cells(scene, crop) for crop in crops]),
+            np.stack(views) if views else np.zeros((0, nano.IMAGE.size, nano.IMAGE.size, 3), np.uint8),
+        )
+
+    def columns(self, prompt: Prompt, learn: list[tuple[int, str]]) -> NDArray[np.int64]:
+        """(L, 4) columns of one prompt; `learn` names the replies that count, and their group."""
+        groups = {at: GROUPS.index(group) for reply, group in learn for at in prompt.replies[reply]}
+        rows = []
+        for at, token in enumerate(prompt.tokens[:-1]):
+            following = prompt.tokens[at + 1] if at + 1 in groups else -100
+            if isinstance(token, ImageToken):
+                cell = int(token.image) * nano.GRID**2 + token.position
+                rows.append((self.image_id, cell, following, groups.get(at + 1, 0)))
+            else:
+                rows.append((token, 0, following, groups.get(at + 1, 0)))
+        return np.array(rows)
+
+    def choose(
+        self, rng: random.Random, asked: list[Dialogue], weights: Sequence[float], n: int
+    ) -> list[Dialogue]:
+        """`n` dialogues, their categories drawn by weight among those this scene has."""
+        by = [[d for d in asked if d.category == c] for c in CATEGORIES]
+        open_weights = [w if of else 0 for w, of in zip(weights, by, strict=True)]
+        return [rng.choice(of) for of in rng.choices(by, open_weights, k=n)]
+
+
+def pad(rows: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """(n, L, 4): rows of columns padded on the right to the longest."""
+    out = np.tile(np.array(PADDING), (len(rows), max(map(len, rows)), 1))
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
+
+
+def collate(trees: list[Tree]) -> dict[str, Tensor]:
+    """Pictures after each other: `prefix` (B, P, 4), each of BRANCHES (B * n, L, 4), `cells`, `pixels`."""
+    first = np.cumsum([0] + [len(tree.cells) * nano.GRID**2 for tree in trees])
+    out = {"prefix": np.stack([tree.prefix for tree in trees])}
+    out["prefix"][..., 1] += first[:-1, None]
+    for i, (name, n) in enumerate(BRANCHES.items()):
+        out[name] = pad([row for tree in trees for row in tree.branches[i]])
+        out[name][..., 1] += np.repeat(first[:-1], n)[:, None]
+    out["cells"] = np.concatenate([tree.cells for tree in trees])
+    out["pixels"] = np.concatenate([tree.pixels for tree in trees])
+    return {name: torch.from_numpy(array) for name, array in out.items()}
+
+
+class Symbols(nn.Module):
+    """Slot classes (…, 9) -> embeddings (…, hidden): a sum of one vector a slot.
+
+    A word's vector starts as the decoder's own embedding of that word, turned; "none" as nothing.
+    Numbers are `nano.waves` through a
+    linear map, so that a regression onto the sum loses little by being slightly off.
+    """
+
+    def __init__(self, model: LlavaForConditionalGeneration, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        table = model.get_input_embeddings().weight.detach()
+        hidden = table.shape[1]
+        spelled = [[f" {kind}" for kind in scenes.KINDS], [f" {colour}" for colour in scenes.COLOURS]]
+        spelled += [[f" {c}" for c in scenes.ALPHABET]] + 2 * [list(scenes.ALPHABET)]
+        self.words = nn.ModuleList()
+        for words in spelled:
+            ids = [tokenizer.encode(word, add_special_tokens=False).ids for word in words]
+            assert all(len(one) == 1 for one in ids)
+            rows = torch.cat([torch.zeros(1, hidden), table[[one[0] for one in ids]] @ nano.turn(hidden).T])
+            self.words.append(nn.Embedding.from_pretrained(rows.clone(), freeze=False))
+        self.register_buffer("waves", nano.waves())
+        self.numbers = nn.ModuleList(nn.Linear(self.waves.shape[1], hidden, bias=False) for _ in range(4))
+        for linear in self.numbers:
+            nn.init.normal_(linear.weight, std=0.05 / 5**0.5)
+
+    def forward(self, cells: Tensor) -> Tensor:
+        words = [*cells[..., :2].unbind(-1), *cells[..., 6:].unbind(-1)]
+        total = sum(table(one) for table, one in zip(self.words, words, strict=True))
+        numbers = sum(
+            linear(self.waves[n]) for linear, n in zip(self.numbers, cells[..., 2:6].unbind(-1), strict=True)
+        )
+        return total + numbers * (cells[..., :1] > 0)
+
+
+class Dialogues(nn.Module):
+    """The decoder's loss on a batch of trees, for image tokens that come from symbols or from pixels."""
+
+    def __init__(self, model: LlavaForConditionalGeneration, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.model = model
+        # on a CPU torch's fused attention is slow backwards: the plain one trains a third faster
+        model.model.language_model.set_attn_implementation("eager")
+        numbers = torch.tensor([tokenizer.token_to_id(f"{n:02d}") for n in range(100)])
+        size = tokenizer.get_vocab_size()
+        soft = torch.eye(size)
+        soft[numbers[:, None], numbers[None]] = near(100)
+        self.register_buffer("soft", soft)  # row t: what to predict where token t is right
+
+    def loss(
+        self, batch: dict[str, Tensor], image_tokens: Tensor, branches: Sequence[str] = tuple(BRANCHES)
+    ) -> tuple[Tensor, dict[str, float]]:
+        """`image_tokens` (views, GRID², hidden); of the trees, `branches` alone.
+
+        Returns the loss and, by group, the share of replies right: those whose every token is the likeliest
+        given the right ones before it, where a number may be off by two hundredths.
+        """
+        flat = image_tokens.flatten(0, 1)
+        decoder = self.model.model.language_model
+
+        def run(columns: Tensor, cache: DynamicCache) -> Tensor:
+            embeds = decoder.embed_tokens(columns[..., 0])
+            here = columns[..., 0] == self.model.config.image_token_id
+            embeds = torch.where(here[..., None], flat[columns[..., 1]].to(embeds.dtype), embeds)
+            return decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state
+
+        prefix = DynamicCache()
+        run(batch["prefix"], prefix)
+        hidden, targets, groups, replies = [], [], [], []
+        for name in branches:
+            columns, n = batch[name], BRANCHES[name]
+            fork = DynamicCache()
+            for i, layer in enumerate(prefix.layers):
+                fork.update(layer.keys.repeat_interleave(n, 0), layer.values.repeat_interleave(n, 0), i)
+            wanted = columns[..., 2] >= 0
+            hidden.append(run(columns, fork)[wanted])
+            targets.append(columns[wanted][:, 2])
+            groups.append(columns[wanted][:, 3])
+            replies.append(wanted.nonzero()[:, 0] + 10_000 * len(replies))
+        target, group = torch.cat(targets), torch.cat(groups)
+        logits = self.model.lm_head(torch.cat(hidden)).float()
+        # a label read from the whole picture is a guess: learned, but not at the price of the rest
+        weight = torch.where(group == 0, 0.2, 1.0)
+        losses = -(self.soft[target] * logits.log_softmax(-1)).sum(-1)
+        loss = (losses * weight).sum() / weight.sum()
+        with torch.no_grad():
+            good = self.soft[target, logits.argmax(-1)] > 0.05
+            names, index = (torch.cat(replies) * len(GROUPS) + group).unique(return_inverse=True)
+            whole = torch.ones(len(names)).scatter_reduce(0, index, good.float(), "amin")
+            of = names % len(GROUPS)
+            right = {name: whole[of == i].mean().item() for i, name in enumerate(GROUPS) if (of == i).any()}
+        return loss, right
+
+
+def train_symbols(minutes: float, seed: int, resume: bool) -> None:
+    """Stage 2: the decoder alone, from easy to hard.
+
+    With one or two objects it learns what of a cell to copy, with more which cell; the micro turns, which
+    cost more than all others together, join when looking things up works.
+    """
+    dataset = Trees(seed * 1_000_000, pixels=False)
+    model = nano.build_model(dataset.tokenizer, seed)
+    symbols, dialogues = Symbols(model, dataset.tokenizer), Dialogues(model, dataset.tokenizer)
+    path = RUNS / "symbols.pt"
+    state: dict[str, Any] = {"samples": 0}
+    if resume:
+        state = torch.load(path)
+        model.load_state_dict(state["model"])
+        symbols.load_state_dict(state["symbols"])
+        dataset.first += state["samples"]
+    parameters = [*model.model.language_model.parameters(), *symbols.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.02, betas=(0.9, 0.98))
+    progress = Progress("symbols", minutes, 2e-3 if not resume else 1e-3)
+    batch_size = 8
+    step = 0
+    for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collate):
+        progress.rate(optimizer)
+        # no worker process stands between: the next scene is laid out as said here
+        dataset.things = (1, 2) if progress.share < 0.12 and not resume else (3, 7)
+        early = progress.share < 0.5 and not resume
+        branches = ("macro", "locate") if early else tuple(BRANCHES)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, right = dialogues.loss(batch, symbols(batch["cells"]), branches)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        step, state["samples"] = step + 1, state["samples"] + batch_size
+        progress.note(step, state["samples"], loss=loss.item(), **right)
+        if progress.share >= 1 or step % 200 == 0:
+            torch.save({**state, "model": model.state_dict(), "symbols": symbols.state_dict()}, path)
+        if progress.share >= 1:
+            return
+
+
+def train_dialogues(minutes: float, seed: int, resume: bool) -> None:
+    """Stage 3: the whole model on pixels, the tower frozen.
+
+    For the first tenth of the time only the projector learns, to say in the decoder's symbols what the
+    tower saw; that stays a second loss while projector and decoder learn the dialogues.
+    """
+    dataset = Trees(seed * 1_000_000 + 500_000, pixels=True)
+    model = nano.build_model(dataset.tokenizer, seed)
+    symbols, dialogues = Symbols(model, dataset.tokenizer), Dialogues(model, dataset.tokenizer)
+    path = RUNS / "dialogues.pt"
+    learned = torch.load(RUNS / "symbols.pt")
+    model.load_state_dict(learned["model"])
+    symbols.load_state_dict(learned["symbols"])
+    state: dict[str, Any] = {"samples": 0}
+    if resume:
+        state = torch.load(path)
+        model.load_state_dict(state["model"])
+        dataset.first += state["samples"]
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    tower.load_state_dict(torch.load(RUNS / "tower.pt")["tower"])
+    tower.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+    symbols.requires_grad_(False)
+    scale = symbols(torch.from_numpy(dataset.tree(scenes.HELD_OUT).cells)).var()
+    parameters = [*projector.parameters(), *model.model.language_model.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.02, betas=(0.9, 0.98))
+    progress = Progress("dialogues", minutes, 1e-3)
+    batch_size, step = 8, 0
+    for batch in DataLoader(
+        dataset, batch_size=batch_size, collate_fn=collate, num_workers=1, prefetch_factor=4
+    ):
+        progress.rate(optimizer)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                features = tower(normalise(batch["pixels"])).last_hidden_state
+            image_tokens = projector(features).float()
+            error = (image_tokens - symbols(batch["cells"]).float()).square().mean(-1) / scale
+            filled = batch["cells"][..., 0] > 0
+            loss = regression = error[filled].mean() + error[~filled].mean()
+            right: dict[str, float] = {}
+            if resume or progress.share > 0.1:
+                answers, right = dialogues.loss(batch, image_tokens)
+                loss = answers + 0.3 * regression
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        step, state["samples"] = step + 1, state["samples"] + batch_size
+        progress.note(step, state["samples"], loss=loss.item(), regression=regression.item(), **right)
+        if progress.share >= 1 or step % 200 == 0:
+            torch.save({**state, "model": model.state_dict()}, path)
+        if progress.share >= 1:
+            return
+
+
+STAGES = {"tower": train_tower, "symbols": train_symbols, "dialogues": train_dialogues}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--resume", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    STAGES[arguments.stage](arguments.minutes, arguments.seed, arguments.resume)

@@ -6,7 +6,10 @@ import sys
 from setuptools import Extension, setup
 
 if not (pathlib.Path(__file__).parent / "src/dualfocus/kernels/__init__.py").is_file():
-    sys.exit("src/dualfocus/kernels is not a link to ../../kernels: check out with symbolic links on (git config core.symlinks true)")
+    sys.exit(
+        "src/dualfocus/kernels is not a link to ../../kernels: "
+        "check out with symbolic links on (git config core.symlinks true)"
+    )
 
 SOURCES = ["binding", "crop", "crop_avx512", "crop_avx2", "crop_neon"]
 
@@ -17,7 +20,14 @@ setup(
             [f"src/dualfocus/kernels/{name}.c" for name in SOURCES],
             depends=["src/dualfocus/kernels/crop.h", "src/dualfocus/kernels/crop_isa.h"],
             # no contraction: a fused multiply-add in the filter's coefficients would change the last bit
-            extra_compile_args=["-O3", "-std=c11", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror=implicit-function-declaration"],
+            extra_compile_args=[
+                "-O3",
+                "-std=c11",
+                "-ffp-contract=off",
+                "-Wall",
+                "-Wextra",
+                "-Werror=implicit-function-declaration",
+            ],
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             py_limited_api=True,
         )

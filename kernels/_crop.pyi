@@ -1,0 +1,15 @@
+from collections.abc import Sequence
+from typing import Any, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+
+def resize(
+    picture: npt.NDArray[np.uint8],
+    box: Sequence[SupportsIndex],
+    size: SupportsIndex,
+    pad: Sequence[SupportsIndex] | None,
+    table: npt.NDArray[Any] | None,
+    isa: str,
+) -> bytearray: ...
+def available() -> tuple[str, ...]: ...

@@ -1,0 +1,67 @@
+"""The truth that the kernel is tested against: the same functions, in Pillow and NumPy, step by step."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+BICUBIC = Image.Resampling.BICUBIC
+
+
+def pad_square(crop: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """The crop centred on a square of the colour: LLaVA's expand2square, an odd pixel goes right or below."""
+    side = max(crop.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(crop, ((side - crop.width) // 2, (side - crop.height) // 2))
+    return square
+
+
+def resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    """``image.resize`` as Pillow 13 does it, pass by pass.
+
+    It begins with the height where that loses more than twice the pixels the width does; earlier versions
+    always begin with the width. The first pass rounds, so the order shows in the last bits.
+    """
+    lost_across, lost_down = image.width - width, image.height - height
+    between = (image.width, height) if lost_down > max(0, 2 * lost_across) else (width, image.height)
+    return image.resize(between, BICUBIC).resize((width, height), BICUBIC)
+
+
+def shortest_edge(crop: Image.Image, size: int) -> Image.Image:
+    """The crop resized until its shorter edge is `size`, and the centre of that (CLIPImageProcessor)."""
+    longer = int(size * max(crop.size) / min(crop.size))
+    width, height = (size, longer) if crop.width <= crop.height else (longer, size)
+    left, top = (width - size) // 2, (height - size) // 2
+    return resize(crop, width, height).crop((left, top, left + size, top + size))
+
+
+def crop_resize_u8(
+    picture: npt.NDArray[np.uint8],
+    box: tuple[int, int, int, int],
+    size: int,
+    *,
+    pad: tuple[int, int, int] | None,
+) -> npt.NDArray[np.uint8]:
+    """(H, W, 3) uint8 -> (size, size, 3) uint8."""
+    crop = Image.fromarray(picture).crop(box)
+    if pad is None:
+        return np.asarray(shortest_edge(crop, size))
+    return np.asarray(pad_square(crop, pad).resize((size, size), BICUBIC))
+
+
+def crop_resize(
+    picture: npt.NDArray[np.uint8],
+    box: tuple[int, int, int, int],
+    size: int,
+    *,
+    pad: tuple[int, int, int] | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: npt.DTypeLike = np.float32,
+) -> npt.NDArray[Any]:
+    """(H, W, 3) uint8 -> (3, size, size) in `dtype`, computed in float64 and rounded once."""
+    values = crop_resize_u8(picture, box, size, pad=pad) / 255
+    normalised: npt.NDArray[Any] = (values - np.array(mean)) / np.array(std)
+    return normalised.transpose(2, 0, 1).astype(dtype)

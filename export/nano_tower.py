@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutput
 
 
-class NanoVisionConfig(PretrainedConfig):  # type: ignore[misc]
+class NanoVisionConfig(PretrainedConfig):
     """Sizes of the tower: (image_size / patch_size)² cells of `hidden_size` features."""
 
     model_type = "dualfocus_nano_vision"
@@ -72,7 +72,7 @@ class _Attention(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
-class NanoVisionModel(PreTrainedModel):  # type: ignore[misc]
+class NanoVisionModel(PreTrainedModel):
     """pixel_values (N, 3, S, S) f32 -> hidden_states[-1] (N, (S / patch)², hidden) f32, row by row."""
 
     config_class = NanoVisionConfig

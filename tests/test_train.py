@@ -175,7 +175,7 @@ def test_a_tree_trains_what_its_dialogues_would_one_by_one() -> None:
                     embeds[here] = tokens[columns[here, 1]]
                     logits = model.lm_head(decoder(inputs_embeds=embeds[None]).last_hidden_state[0])
                     wanted = columns[:, 2] >= 0
-                    weight = torch.where(columns[wanted, 3] == 0, 0.2, 1.0)
+                    weight = dialogues.weights[columns[wanted, 3]]
                     likely = logits[wanted].log_softmax(-1)
                     losses.append(-(dialogues.soft[columns[wanted, 2]] * likely).sum(-1) * weight)
                     weights.append(weight)

@@ -1,0 +1,287 @@
+"""The command line: parses, calls, prints.
+
+Nothing heavy is imported before a command needs it, so that `--help` answers at once. What a user gave
+and cannot be used is one sentence on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PillowImage
+    from rich.console import Console
+    from rich.status import Status
+    from rich.text import Text
+
+    from dualfocus.runtime import FocusResult
+    from dualfocus.runtime.manifest import Manifest
+
+# plain help texts: laying them out with rich would double the time of `--help`
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+
+SPINNER_AFTER = 2.0  # seconds
+
+
+@app.callback()
+def dualfocus() -> None:
+    """Ask a picture: once as a whole, once zoomed in to where the answer is."""
+
+
+@app.command()
+def ask(
+    picture: Annotated[str, typer.Argument(metavar="PICTURE", help="A file name, or - for standard input.")],
+    questions: Annotated[list[str], typer.Argument(metavar="QUESTION", help="One or more questions.")],
+    bundle: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The model  [default: the built-in one]")
+    ] = None,
+    mode: Annotated[
+        Literal["dual", "macro", "micro"],
+        typer.Option(help="Both passes and the better answer, or one pass alone."),
+    ] = "dual",
+    plain: Annotated[bool, typer.Option("--plain", help="Four calls of the model, nothing reused.")] = False,
+    select: Annotated[
+        Literal["reference", "answer"] | None,
+        typer.Option(help="What the better answer's loss is over  [default: what the model says]"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each question.")] = False,
+    show: Annotated[
+        Path | None, typer.Option(metavar="OUT.png", help="Write the picture with box, crop and answers.")
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Threads of the engines  [default: one for each core]"),
+    ] = None,
+) -> None:
+    """Answer questions about a picture."""
+    with _errors():
+        from dualfocus.runtime import Bundle, FocusRunner, PlainRunner, open_picture
+        from dualfocus.runtime.bundle import BUILT_IN
+        from dualfocus.runtime.turns import Turns
+
+        if show is not None:
+            _check_show(show, questions)
+        pixels = open_picture(sys.stdin.buffer.read() if picture == "-" else picture, "standard input")
+        waiting = _Waiting()
+        with waiting:
+            waiting.say("opening the model")
+            model = Bundle.open(bundle or BUILT_IN, threads=threads)
+        for question in questions:  # all of them before the first is answered
+            Turns(model.manifest, model.tokenizer, question).check_length(macro_only=mode == "macro")
+
+        runner = (PlainRunner if plain else FocusRunner)(model, select=select, on_stage=waiting.say)
+        for question in questions:
+            with waiting:
+                result = runner.ask(pixels, question, mode)
+            if as_json:
+                shown = {**result.to_dict(), "bundle": model.manifest.name, "device": model.device}
+                print(json.dumps(shown, ensure_ascii=False), flush=True)
+            else:
+                _print_result(result, question if len(questions) > 1 else None)
+            if show is not None:
+                from dualfocus.runtime.show import annotate
+
+                _save(annotate(pixels, question, result), show)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face LLaVA checkpoint.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="BUNDLE", help="Folder to write.")],
+) -> None:
+    """Export a checkpoint as a bundle."""
+    from dualfocus.export import ExportError, export_bundle
+
+    try:
+        export_bundle(checkpoint, out)
+    except ExportError as error:
+        _refuse(error)
+
+
+@app.command()
+def inspect(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a bundle.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every file's SHA-256.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+) -> None:
+    """Say what a bundle is."""
+    with _errors():
+        from dualfocus.runtime import bundle as bundles
+
+        manifest, _ = bundles.read_manifest(bundle)
+        if verify:
+            bundles.verify(bundle, manifest)
+        if as_json:
+            print(json.dumps(manifest.to_dict(), indent=2, ensure_ascii=False))
+        else:
+            _print_manifest(manifest, verified=verify)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """What a user gave and cannot be used ends the command with one sentence."""
+    from dualfocus.runtime.errors import InputError
+
+    try:
+        yield
+    except InputError as error:
+        _refuse(error)
+
+
+def _refuse(error: Exception) -> NoReturn:
+    typer.echo("dualfocus: " + " ".join(str(error).split()), err=True)
+    raise typer.Exit(2) from None
+
+
+class _Waiting:
+    """Says on a terminal what is being done, once it takes longer than `SPINNER_AFTER`."""
+
+    def __init__(self) -> None:
+        self._status: Status | None = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+
+            self._status = Console(stderr=True).status("")
+
+    def say(self, stage: str) -> None:
+        if self._status is not None:
+            self._status.update(stage.replace("_", " "))
+
+    def __enter__(self) -> None:
+        if self._status is not None:
+            self._timer = threading.Timer(SPINNER_AFTER, self._status.start)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self._status is not None:
+            self._timer.cancel()
+            self._timer.join()
+            self._status.stop()
+
+
+def _check_show(path: Path, questions: list[str]) -> None:
+    """Refuse before anything is computed what could not be written afterwards."""
+    from PIL import Image
+
+    from dualfocus.runtime.errors import InputError
+
+    if len(questions) > 1:
+        raise InputError(f"--show draws one answer, {len(questions)} questions were given")
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise InputError(
+            f"--show {path}: {path.suffix or 'no suffix'} names no picture format, expected .png"
+        )
+    if not path.parent.is_dir():
+        raise InputError(f"--show {path}: the folder {path.parent} does not exist")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"--show {path}: cannot be written")
+
+
+def _save(image: PillowImage, path: Path) -> None:
+    """Write `image` to `path`: all of it, or nothing."""
+    from dualfocus.runtime.errors import InputError
+
+    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        image.save(unfinished)
+        unfinished.replace(path)
+    except OSError as error:
+        raise InputError(f"--show {path}: {error.strerror or error}") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _print_result(result: FocusResult, question: str | None) -> None:
+    """`question` is printed where several were asked."""
+    from rich.table import Table
+
+    rows = Table.grid(padding=(0, 2))
+    for name, answer in (("macro", result.macro), ("micro", result.micro)):
+        if answer is not None:
+            chosen = name == result.chosen
+            loss = "" if answer.loss is None else f"loss {answer.loss:.3f}"
+            rows.add_row(name, _text(answer.text, "bold" if chosen else ""), _text(loss, "dim"), "←" * chosen)
+        if name == "macro" and result.box is not None:
+            region = ", ".join(f"{side:.0f}" for side in result.box.corners)
+            zoom = "" if result.crop is None else f"zoomed to {list(result.crop)}"
+            rows.add_row("region", _text(f"[{region}]"), _text(zoom, "dim"))
+    counters, times = result.counters, dict(result.times_ms)
+    total = times.pop("total")
+    stages = ", ".join(f"{stage.replace('_', ' ')} {ms:.0f}" for stage, ms in times.items())
+    work = (
+        f"{counters.vision_encodes} images encoded, {counters.tokens_prefilled} tokens prefilled, "
+        f"{counters.tokens_reused} reused, {counters.decode_steps} decoded"
+    )
+    console = _console()
+    if question is not None:
+        console.print(_text(question, "dim"))
+    console.print(_text(result.answer, "bold green"))
+    if result.fallback:
+        console.print(_text(f"no micro answer: {result.fallback}", "yellow"))
+    console.print(rows)
+    console.print(_text(f"{total:.0f} ms: {stages}", "dim"))
+    console.print(_text(work, "dim"))
+
+
+def _print_manifest(manifest: Manifest, *, verified: bool) -> None:
+    from rich.table import Table
+
+    image, decoder = manifest.image, manifest.decoder
+    size = sum(entry.size for entry in manifest.files.values())
+    facts = {
+        "name": manifest.name,
+        "made by": f"{manifest.created_by}, bundle format {manifest.format_version}",
+        **manifest.source,
+        "image": f"{image.size} x {image.size}, {image.tokens} tokens, fitted by {image.fit}",
+        "decoder": (
+            f"{decoder.layers} layers of {decoder.hidden}, {decoder.heads} heads of {decoder.head_size}, "
+            f"{decoder.kv_heads} KV heads, {decoder.dtype}"
+        ),
+        "vocabulary": f"{decoder.vocabulary} tokens",
+        "context": f"{decoder.context} tokens, replies of at most {manifest.max_new_tokens}",
+        "box": f"coordinates of the {manifest.coordinates} picture",
+        "selection": manifest.select,
+        "files": f"{len(manifest.files)} files, {size / 1e6:.1f} MB"
+        + (", SHA-256 verified" if verified else ""),
+    }
+    rows = Table.grid(padding=(0, 2))
+    for name, fact in facts.items():
+        rows.add_row(_text(name.replace("_", " "), "dim"), _text(fact))
+    _console().print(rows)
+
+
+def _text(text: str, style: str = "") -> Text:
+    """One line of text; what a terminal would obey, a model can say too, so that is replaced."""
+    from rich.text import Text
+
+    return Text("".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split())), style)
+
+
+def _console() -> Console:
+    """Standard output; as wide as it takes where no terminal limits it."""
+    from rich.console import Console
+
+    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=1000)
+
+
+def main() -> None:
+    """The entry point of `dualfocus`."""
+    app(prog_name="dualfocus")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""A bundle on disk: checked, then opened.
+
+Opening reads the manifest and compares every file's size, so that a start stays fast; `verify` reads
+the files and compares their hashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from dualfocus.runtime.engines import Decoder, Floats, VisionEncoder
+from dualfocus.runtime.errors import BundleError
+from dualfocus.runtime.manifest import Manifest
+
+BUILT_IN = Path(__file__).parent.parent / "models" / "nano"
+_REQUIRED = ("vision.onnx", "decoder.onnx", "embeddings.npy", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened model."""
+
+    path: Path
+    manifest: Manifest
+    digest: str  # SHA-256 of manifest.json, which names every file's: what identifies the model
+    device: str
+    vision: VisionEncoder
+    decoder: Decoder
+    tokenizer: Tokenizer
+    embeddings: Floats  # (vocabulary, hidden), memory-mapped
+
+    @classmethod
+    def open(cls, path: Path | str = BUILT_IN, *, threads: int | None = None) -> Bundle:
+        """Check the bundle at `path` and open its engines on the CPU.
+
+        `threads` None leaves their number to the library. Raises BundleError, and EngineError when no
+        ONNX Runtime is installed.
+        """
+        path = Path(path)
+        manifest, digest = read_manifest(path)
+        tokenizer = _open_tokenizer(path, manifest)
+        embeddings = _open_embeddings(path, manifest)
+
+        from dualfocus.runtime.onnx import (
+            OnnxDecoder,
+            OnnxVisionEncoder,
+        )  # not at the top: `inspect` needs no engine
+
+        return cls(
+            path,
+            manifest,
+            digest,
+            "cpu",
+            OnnxVisionEncoder(path / "vision.onnx", manifest.image, threads),
+            OnnxDecoder(path / "decoder.onnx", manifest.decoder, threads),
+            tokenizer,
+            embeddings,
+        )
+
+
+def read_manifest(path: Path) -> tuple[Manifest, str]:
+    """The manifest of the bundle at `path` and its SHA-256, after comparing every file's size."""
+    if not path.is_dir():
+        raise BundleError(f"{path} is not a folder, expected a bundle")
+    try:
+        text = (path / "manifest.json").read_bytes()
+    except FileNotFoundError:
+        raise BundleError(f"{path} holds no manifest.json, so it is not a bundle") from None
+    except OSError as error:
+        raise BundleError(f"{path / 'manifest.json'} cannot be read: {error.strerror}") from None
+    try:
+        raw = json.loads(text)
+    except ValueError as error:
+        raise BundleError(f"{path / 'manifest.json'} is not JSON: {error}") from None
+    try:
+        manifest = Manifest.from_dict(raw)
+    except BundleError as error:
+        raise BundleError(f"{path}: {error}") from None
+    for name in _REQUIRED:
+        if name not in manifest.files:
+            raise BundleError(f"{path}: manifest.json lists no {name}")
+    for name, entry in manifest.files.items():
+        file = path / name
+        if Path(name).name != name:  # a bundle says nothing about files outside its folder
+            raise BundleError(f"{path}: manifest.json lists {name!r}, expected a plain file name")
+        if not file.is_file():
+            raise BundleError(f"{file} is missing")
+        if (size := file.stat().st_size) != entry.size:
+            raise BundleError(f"{file} has {size} bytes, expected {entry.size}: the bundle is damaged")
+    return manifest, hashlib.sha256(text).hexdigest()
+
+
+def verify(path: Path, manifest: Manifest) -> None:
+    """Read every file of the bundle at `path`; raises BundleError if one is not what was exported."""
+    for name, entry in manifest.files.items():
+        with (path / name).open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != entry.sha256:
+            raise BundleError(f"{path / name} has SHA-256 {found}, expected {entry.sha256}")
+
+
+def _open_tokenizer(path: Path, manifest: Manifest) -> Tokenizer:
+    file = path / "tokenizer.json"
+    try:
+        tokenizer: Tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise BundleError(f"{file} is not a tokenizer: {error}") from None
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= manifest.decoder.vocabulary:
+        raise BundleError(
+            f"{file} gives ids up to {highest}, the decoder knows {manifest.decoder.vocabulary} tokens"
+        )
+    return tokenizer
+
+
+def _open_embeddings(path: Path, manifest: Manifest) -> Floats:
+    file = path / "embeddings.npy"
+    try:
+        embeddings = np.load(file, mmap_mode="r")
+    except ValueError as error:
+        raise BundleError(f"{file} is not an array: {error}") from None
+    shape = (manifest.decoder.vocabulary, manifest.decoder.hidden)
+    if embeddings.dtype != np.float32 or embeddings.shape != shape:
+        raise BundleError(
+            f"{file} is {embeddings.dtype} of shape {embeddings.shape}, expected float32 {shape}"
+        )
+    result: Floats = embeddings
+    return result

@@ -1,0 +1,21 @@
+"""What a user's input can be refused with. Every message is one sentence for the person who gave it."""
+
+
+class InputError(ValueError):
+    """Something given from outside cannot be used; the command line prints the message and exits with 2."""
+
+
+class BundleError(InputError):
+    """A bundle that is damaged, foreign, or of another format version."""
+
+
+class PictureError(InputError):
+    """A picture that is missing, damaged, empty or too large."""
+
+
+class QuestionError(InputError):
+    """A question that is empty, or too long for the model's context."""
+
+
+class EngineError(InputError):
+    """No inference library is installed."""

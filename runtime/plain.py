@@ -1,0 +1,128 @@
+"""The protocol as its authors run it: every call of the model on its own, nothing kept between them.
+
+This is the readable reference, and what the scheduler is tested against. Each call encodes its images
+anew and prefills its whole prompt; replies are decoded greedily; each candidate is scored by a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from dualfocus.runtime.bundle import Bundle
+from dualfocus.runtime.cache import KVCache
+from dualfocus.runtime.geometry import Crop, Region, find_region
+from dualfocus.runtime.image import Picture, view, whole
+from dualfocus.runtime.manifest import SelectRule
+from dualfocus.runtime.result import Answer, Counters, FocusResult, Generation, Mode, StageClock
+from dualfocus.runtime.selection import loss
+from dualfocus.runtime.sequence import LogProbs, embed, log_softmax
+from dualfocus.runtime.turns import Prompt, Turns, micro_answer
+
+
+class PlainRunner:
+    """Answers questions about pictures, the plain way."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        select: SelectRule | None = None,
+        on_stage: Callable[[str], None] | None = None,
+    ) -> None:
+        self._bundle = bundle
+        self._select = select or bundle.manifest.select
+        self._on_stage = on_stage
+
+    def ask(
+        self, picture: Picture, question: str, mode: Mode = "dual", *, box_reply: str | None = None
+    ) -> FocusResult:
+        """The same answer as `scheduler.FocusRunner.ask` gives, and the same errors."""
+        manifest = self._bundle.manifest
+        turns = Turns(manifest, self._bundle.tokenizer, question)
+        turns.check_length(macro_only=mode == "macro")
+        clock, counters = StageClock(self._on_stage), Counters()
+        model = _Model(self._bundle, picture, counters)
+        crops = {"whole": whole(picture)}
+        macro = located = micro = None
+        region = Region()
+
+        if mode != "micro":
+            with clock("macro"):
+                macro = Answer.of(model.generate(turns.macro("whole"), crops))
+        if mode != "macro":
+            if box_reply is None:
+                with clock("locate"):
+                    located = model.generate(turns.locate("whole"), crops)
+                box_reply = located.text
+            height, width = picture.shape[:2]
+            region = find_region(box_reply, manifest.coordinates, width, height, manifest.image)
+            if region.crop is not None:
+                crops["crop"] = region.crop
+                with clock("micro"):
+                    prompt = turns.micro("whole", "crop", box_reply)
+                    micro = Answer.of(model.generate(prompt, crops), micro_answer)
+            elif macro is None:
+                with clock("macro"):
+                    macro = Answer.of(model.generate(turns.macro("whole"), crops))
+            if macro and micro and macro.text != micro.text:
+                with clock("select"):
+                    candidate = partial(turns.select, "whole", "crop", box_reply)
+                    macro = replace(macro, loss=self._loss(model.score(candidate(macro.text), crops)))
+                    micro = replace(micro, loss=self._loss(model.score(candidate(micro.text), crops)))
+        return FocusResult.conclude(macro, located, region, micro, counters, clock.stop())
+
+    def _loss(self, logprobs: tuple[list[float], list[float]]) -> float:
+        return loss(*logprobs, self._select)
+
+
+class _Model:
+    """Calls of the model about one picture. `crops` says what every image named in a prompt shows."""
+
+    def __init__(self, bundle: Bundle, picture: Picture, counters: Counters) -> None:
+        self._bundle = bundle
+        self._picture = picture
+        self._counters = counters
+
+    def generate(self, prompt: Prompt, crops: Mapping[str, Crop]) -> Generation:
+        manifest = self._bundle.manifest
+        cache, (following,) = self._prefill(prompt, crops, [len(prompt.tokens) - 1])
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        while True:
+            token = int(np.argmax(following))
+            tokens.append(token)
+            logprobs.append(float(following[token]))
+            self._counters.decode_steps += 1
+            full = len(tokens) == manifest.max_new_tokens or cache.lengths[0] == cache.capacity
+            if token in manifest.tokens.eos or full:
+                text = self._bundle.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+                return Generation(text, tuple(tokens), tuple(logprobs))
+            (following,) = log_softmax(
+                self._bundle.decoder.extend(cache, 0, self._bundle.embeddings[[token]], [0])
+            )
+
+    def score(self, prompt: Prompt, crops: Mapping[str, Crop]) -> tuple[list[float], list[float]]:
+        """The log-probabilities of the tokens of the two replies in `prompt`: the box, and a candidate."""
+        positions = [at for reply in prompt.replies for at in reply]
+        _, rows = self._prefill(prompt, crops, [at - 1 for at in positions])
+        logprobs = {at: float(row[prompt.tokens[at]]) for at, row in zip(positions, rows, strict=True)}
+        box, candidate = ([logprobs[at] for at in reply] for reply in prompt.replies)
+        return box, candidate
+
+    def _prefill(
+        self, prompt: Prompt, crops: Mapping[str, Crop], logits_at: Sequence[int]
+    ) -> tuple[KVCache, LogProbs]:
+        """A cache that holds `prompt`, and (K, vocabulary) log-probabilities after K of its positions."""
+        bundle, spec = self._bundle, self._bundle.manifest.decoder
+        seen = {token.image for token in prompt.tokens if not isinstance(token, int)}
+        pixels = [view(self._picture, crops[name], bundle.manifest.image) for name in seen]
+        features = dict(zip(seen, bundle.vision.encode(np.concatenate(pixels)), strict=True))
+        self._counters.vision_encodes += len(seen)
+        self._counters.tokens_prefilled += len(prompt.tokens)
+        cache = KVCache(spec, rows=1, capacity=spec.context)
+        embeddings = embed(prompt.tokens, bundle.embeddings, features)
+        return cache, log_softmax(bundle.decoder.extend(cache, 0, embeddings, logits_at))

@@ -1,0 +1,216 @@
+"""The protocol's turns as data: the prompts, and how a dialogue becomes what the decoder is fed.
+
+`DUALFOCUS` is the table of the authors' evaluation code; another family of models is another table, not
+another code path. A dialogue is rendered to pieces (text, or the place of an image), and tokenised the
+way the original LLaVA does: every run of text between two images on its own, one `bos` at the very front.
+User and model text is filled in after the templates were split at their image markers, so that no
+question and no reply can add an image.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tokenizers import Tokenizer
+
+from dualfocus.runtime.errors import QuestionError
+from dualfocus.runtime.manifest import Manifest, Prompts, TokenSpec
+
+# Spaces count: no space after the select turn's colon, and one at its end, so two before "ASSISTANT:".
+DUALFOCUS = Prompts(
+    system=(
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+    ),
+    user="USER: {turn} ASSISTANT:",
+    reply=" {answer}</s>",
+    image="<image>",
+    macro="<image>\n{T}",
+    locate=("<image>\nPlease provide the bounding box coordinate of the region this question asks: {Q}"),
+    micro=("<image>\nPlease combine the information from these two images and answer this question: {T}"),
+    select=(
+        "<image>\nPlease combine the information from these two images and answer this question:{Q}\n"
+        "Answer the question using a single word or phrase "
+    ),
+    hint="Answer the question using a single word or phrase.",
+)
+
+
+class ImageToken(NamedTuple):
+    """One of an image's tokens: `position` in 0..T-1 of the image whose pixels `image` names."""
+
+    image: str
+    position: int
+
+
+Token = int | ImageToken  # a row of the embedding table, or of an encoded image
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question as the turns need it: `first_line` is {Q}, `whole` is {T}."""
+
+    first_line: str
+    whole: str
+
+    @classmethod
+    def parse(cls, text: str, hint: str) -> Question:
+        """Further lines of `text` are hints of its own; without any, `hint` becomes the second line."""
+        text = text.strip()
+        if not text:
+            raise QuestionError("the question is empty")
+        first_line, *hints = text.splitlines()
+        whole = text if hints or not hint else f"{text}\n{hint}"
+        return cls(first_line.rstrip(), whole)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A user turn, one of the prompts' templates, and the model's reply once there is one."""
+
+    template: str
+    reply: str | None = None
+
+
+@dataclass(frozen=True)
+class Text:
+    """A run of text; `reply` marks what the model said, with its end, which is what a loss is over."""
+
+    text: str
+    reply: bool = False
+
+
+class Image:
+    """The place of an image in a rendered dialogue."""
+
+
+Piece = Text | Image
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the decoder is fed, and which of its positions are the model's replies, one range per reply."""
+
+    tokens: tuple[Token, ...]
+    replies: tuple[range, ...]
+
+
+class Turns:
+    """The protocol's four prompts for one question, ready for the decoder.
+
+    `whole` and `crop` name the two images; `reply` is the model's box, as text.
+    """
+
+    def __init__(self, manifest: Manifest, tokenizer: Tokenizer, question: str) -> None:
+        """Raises QuestionError if there is no question."""
+        self._manifest = manifest
+        self._tokenizer = tokenizer
+        self._question = Question.parse(question, manifest.prompts.hint)
+
+    def macro(self, whole: str) -> Prompt:
+        """Step 1: the question, on the whole picture."""
+        return self._prompt([whole], Turn(self._manifest.prompts.macro))
+
+    def locate(self, whole: str) -> Prompt:
+        """Step 2: where to look."""
+        return self._prompt([whole], Turn(self._manifest.prompts.locate))
+
+    def micro(self, whole: str, crop: str, reply: str) -> Prompt:
+        """Step 3: the question, on both images, with step 2 as history."""
+        prompts = self._manifest.prompts
+        return self._prompt([whole, crop], Turn(prompts.locate, reply), Turn(prompts.micro))
+
+    def select(self, whole: str, crop: str, reply: str, candidate: str) -> Prompt:
+        """Step 4: a candidate answer to be scored; its replies are the box and the candidate."""
+        prompts = self._manifest.prompts
+        return self._prompt([whole, crop], Turn(prompts.locate, reply), Turn(prompts.select, candidate))
+
+    def check_length(self, *, macro_only: bool) -> None:
+        """Raise QuestionError if a prompt, with the longest replies, would not fit the model's context."""
+        manifest, longest = self._manifest, self._manifest.max_new_tokens
+        need = len(self.macro("whole").tokens) + longest
+        if not macro_only:
+            micro, select = self.micro("whole", "crop", ""), self.select("whole", "crop", "", "")
+            need = max(need, 2 * longest + max(len(micro.tokens), len(select.tokens)))
+        if need > manifest.decoder.context:
+            raise _too_long(need, manifest)
+
+    def _prompt(self, images: Sequence[str], *turns: Turn) -> Prompt:
+        manifest = self._manifest
+        pieces = render(manifest.prompts, self._question, turns)
+        prompt = tokenize(pieces, self._tokenizer, manifest.tokens, images, manifest.image.tokens)
+        if len(prompt.tokens) > manifest.decoder.context:
+            raise _too_long(len(prompt.tokens), manifest)
+        return prompt
+
+
+def _too_long(need: int, manifest: Manifest) -> QuestionError:
+    return QuestionError(
+        f"the question is too long: with its pictures and answers it takes {need} tokens, "
+        f"the model has room for {manifest.decoder.context}"
+    )
+
+
+def micro_answer(reply: str) -> str:
+    """A candidate's final text from the micro pass's reply."""
+    return reply.strip("\n").strip(".")
+
+
+def render(prompts: Prompts, question: Question, turns: Sequence[Turn]) -> list[Piece]:
+    """The dialogue of `turns` about `question` as pieces, in order."""
+    fields = {"{Q}": question.first_line, "{T}": question.whole}
+    pieces: list[Piece] = [Text(prompts.system)]
+    for turn in turns:
+        for i, text in enumerate(prompts.user.replace("{turn}", turn.template).split(prompts.image)):
+            if i:
+                pieces.append(Image())
+            # one pass over the template: a question that contains "{T}" stays as it was typed
+            pieces.append(Text(re.sub(r"\{[QT]\}", lambda field: fields[field[0]], text)))
+        if turn.reply is not None:
+            pieces.append(Text(prompts.reply.replace("{answer}", turn.reply), reply=True))
+    return pieces
+
+
+def tokenize(
+    pieces: Sequence[Piece], tokenizer: Tokenizer, tokens: TokenSpec, images: Sequence[str], length: int
+) -> Prompt:
+    """Tokenise rendered `pieces`; `images` names what stands at each image's place, `length` tokens long."""
+    out: list[Token] = [] if tokens.bos is None else [tokens.bos]
+    replies: list[range] = []
+    names = iter(images)
+    for run in _runs(pieces):
+        if isinstance(run, Image):
+            name = next(names)
+            out.extend(ImageToken(name, position) for position in range(length))
+            continue
+        encoding = tokenizer.encode("".join(piece.text for piece in run), add_special_tokens=False)
+        ends = [end for _, end in encoding.offsets]
+        start = 0
+        for piece in run:
+            stop = start + len(piece.text)
+            if piece.reply:
+                # a token belongs to the text it ends in: "▁[" of ": [" is the reply's
+                inside = [len(out) + i for i, end in enumerate(ends) if start < end <= stop]
+                replies.append(range(inside[0], inside[-1] + 1))
+            start = stop
+        out.extend(encoding.ids)
+    assert next(names, None) is None
+    return Prompt(tuple(out), tuple(replies))
+
+
+def _runs(pieces: Sequence[Piece]) -> Iterator[Image | list[Text]]:
+    """The images, and between them the texts that are tokenised as one."""
+    run: list[Text] = []
+    for piece in pieces:
+        if isinstance(piece, Text):
+            run.append(piece)
+            continue
+        if run:
+            yield run
+        yield piece
+        run = []
+    if run:
+        yield run

@@ -1,0 +1,140 @@
+"""A made-up model for testing what surrounds one: every logit depends on every cached entry.
+
+The decoder keeps the embeddings it is given in the cache and computes its logits from what it finds
+there, weighted by position. So one stale, missing or misplaced entry changes every number after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from dualfocus.runtime.bundle import Bundle
+from dualfocus.runtime.cache import KVCache
+from dualfocus.runtime.manifest import DecoderSpec, FileEntry, ImageSpec, Manifest, TokenSpec
+from dualfocus.runtime.turns import DUALFOCUS
+
+WIDTH = 24
+IMAGE_TOKENS = 9
+BOS, EOS = 1, 2
+
+
+@cache
+def make_tokenizer() -> Tokenizer:
+    """A byte-level BPE with tokens of several characters, so that a text has more than one spelling."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["[0.10, 0.20, 0.60, 0.70]", "USER: the ASSISTANT: question"] * 9, trainer)
+    return tokenizer
+
+
+def make_manifest(tokenizer: Tokenizer, **changes: object) -> Manifest:
+    fields: dict[str, object] = {
+        "format_version": 1,
+        "name": "fake",
+        "created_by": "a test",
+        "source": {},
+        "image": ImageSpec(8, IMAGE_TOKENS, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "pad"),
+        "decoder": DecoderSpec(
+            layers=1,
+            hidden=WIDTH,
+            heads=1,
+            kv_heads=1,
+            head_size=WIDTH,
+            vocabulary=tokenizer.get_vocab_size(),
+            context=1500,
+            dtype="float32",
+            ragged_append=True,
+        ),
+        "tokens": TokenSpec(BOS, (EOS,)),
+        "prompts": DUALFOCUS,
+        "coordinates": "original",
+        "select": "reference",
+        "max_new_tokens": 40,
+        "files": {"vision.onnx": FileEntry(1, "0")},
+    }
+    return Manifest(**(fields | changes))  # type: ignore[arg-type]
+
+
+class FakeVision:
+    """Image tokens that depend on every pixel of the view."""
+
+    def __init__(self, spec: ImageSpec) -> None:
+        rng = np.random.default_rng(1)
+        pixels = 3 * spec.size**2
+        self._weights = rng.standard_normal((pixels, spec.tokens * WIDTH)).astype(np.float32) / pixels**0.5
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        return (pixels.reshape(len(pixels), -1) @ self._weights).reshape(len(pixels), -1, WIDTH)
+
+
+class FakeDecoder:
+    """Position-weighted sums of the cache as logits, and replies that can be given a push.
+
+    `script` maps what a user turn contains to the tokens its reply leans to: a push, not a certainty,
+    so that log-probabilities go on depending on the cache.
+    """
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        embeddings: np.ndarray,
+        tokenizer: Tokenizer,
+        script: dict[str, Sequence[int]],
+    ) -> None:
+        rng = np.random.default_rng(2)
+        self._weights = rng.standard_normal((spec.context, WIDTH))
+        self._out = rng.standard_normal((WIDTH, spec.vocabulary)) / 2
+        self._ids = {row.tobytes(): i for i, row in enumerate(embeddings)}
+        self._tokenizer = tokenizer
+        self._script = script
+        self.calls = 0
+
+    def extend(self, kv: KVCache, row: int, embeddings: np.ndarray, logits_at: Sequence[int]) -> np.ndarray:
+        self.calls += 1
+        start = kv.lengths[row]
+        assert start + len(embeddings) <= kv.capacity
+        for store, sign in ((kv.keys, 1), (kv.values, -1)):
+            store[0][row, 0, start : start + len(embeddings)] = sign * embeddings
+        kv.lengths[row] = start + len(embeddings)
+        return np.stack([self._logits(kv, row, start + at + 1) for at in logits_at]).astype(np.float32)
+
+    def _logits(self, kv: KVCache, row: int, length: int) -> np.ndarray:
+        keys, values = kv.keys[0][row, 0, :length], kv.values[0][row, 0, :length]
+        mixed = ((keys - values).astype(np.float64) * self._weights[:length]).sum(0) / length**0.5
+        logits: np.ndarray = np.tanh(mixed) @ self._out
+        # what was said since the last image, or since the beginning
+        said: list[int] = []
+        for key in reversed(keys):
+            if (token := self._ids.get(key.tobytes())) is None:
+                break
+            said.insert(0, token)
+        text = self._tokenizer.decode(said, skip_special_tokens=False)
+        user, _, _ = text.rpartition("ASSISTANT:")
+        for mark, reply in self._script.items():
+            done = next((n for n in range(len(reply), 0, -1) if said[-n:] == list(reply[:n])), 0)
+            if mark in user and done < len(reply) and (done or text.endswith("ASSISTANT:")):
+                logits[reply[done]] += 20
+        return logits
+
+
+def make_bundle(script: dict[str, Sequence[int]] | None = None, **changes: object) -> Bundle:
+    """An opened bundle of made-up engines; `changes` are to its manifest."""
+    tokenizer = make_tokenizer()
+    manifest = make_manifest(tokenizer, **changes)
+    spec = manifest.decoder
+    embeddings = np.random.default_rng(3).standard_normal((spec.vocabulary, WIDTH)).astype(np.float32)
+    decoder = FakeDecoder(spec, embeddings, tokenizer, script or {})
+    vision = FakeVision(manifest.image)
+    return Bundle(Path("fake"), manifest, "digest", "none", vision, decoder, tokenizer, embeddings)

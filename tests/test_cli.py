@@ -1,0 +1,336 @@
+"""The command line: what it prints, and that whatever it is given it neither crashes nor leaves halves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from dualfocus import cli
+from dualfocus.runtime import Bundle, FocusRunner
+
+COUNTERS = ["vision_encodes", "tokens_prefilled", "tokens_reused", "decode_steps"]
+SCHEMA = [
+    "schema", "answer", "chosen", "fallback", "box", "crop", "macro", "micro", "counters", "times_ms",
+    "bundle", "device",
+]  # fmt: skip
+
+
+@pytest.fixture
+def photo(tmp_path: Path, picture: np.ndarray) -> Path:
+    Image.fromarray(picture).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path) -> Path:
+    return tiny_bundle
+
+
+@pytest.fixture
+def points(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Random weights never name a box: let the runner take this one."""
+    reply = "[0.10, 0.20, 0.60, 0.70]"
+    ask = FocusRunner.ask
+    monkeypatch.setattr(FocusRunner, "ask", lambda *args: ask(*args, box_reply=reply))
+    return reply
+
+
+def run(*arguments: object, stdin: bytes | None = None) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], input=stdin)
+
+
+def ask(*arguments: object, bundle: Path, **options: object) -> Result:
+    result = run("ask", *arguments, "--bundle", bundle, "--threads", 1, **options)
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+def refused(result: Result) -> str:
+    """The one sentence on stderr of a command that gave up, and nothing else anywhere."""
+    assert result.exit_code == 2, (result.exit_code, result.stderr, result.exception)
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("dualfocus: ")
+    assert "Traceback" not in result.stderr
+    return result.stderr.removeprefix("dualfocus: ").strip()
+
+
+def test_json_is_one_object_of_the_schema(photo, bundle):
+    answer = json.loads(ask(photo, "What is it?", "--json", bundle=bundle).stdout)
+    assert list(answer) == SCHEMA
+    assert answer["schema"] == 1
+    assert list(answer["counters"]) == COUNTERS
+    assert answer["chosen"] == "macro"
+    assert answer["answer"] == answer["macro"]["text"]
+    assert "names no box" in answer["fallback"]
+    assert answer["micro"] is answer["box"] is answer["crop"] is answer["macro"]["loss"] is None
+    assert answer["times_ms"]["total"] > 0
+    assert (answer["bundle"], answer["device"]) == ("tiny", "cpu")
+
+
+def test_json_with_both_passes(photo, bundle, points):
+    answer = json.loads(ask(photo, "What is it?", "--json", bundle=bundle).stdout)
+    assert answer["fallback"] is None
+    assert answer["box"] == pytest.approx([32, 48, 192, 168])
+    assert answer["crop"] == [7, 3, 217, 213]
+    losses = {name: answer[name]["loss"] for name in ("macro", "micro")}
+    assert answer["chosen"] == min(losses, key=losses.__getitem__)
+    assert answer["answer"] == answer[answer["chosen"]]["text"]
+    assert answer["counters"]["vision_encodes"] == 2
+
+
+@pytest.mark.parametrize("rule", ["reference", "answer"])
+def test_the_rule_can_be_chosen(photo, bundle, points, rule):
+    answer = json.loads(ask(photo, "What is it?", "--json", "--select", rule, bundle=bundle).stdout)
+    expected = FocusRunner(Bundle.open(bundle, threads=1), select=rule).ask(
+        np.asarray(Image.open(photo)), "What is it?"
+    )
+    assert answer["macro"]["loss"] == pytest.approx(expected.macro.loss)
+    assert answer["micro"]["loss"] == pytest.approx(expected.micro.loss)
+
+
+def test_modes(photo, bundle):
+    macro = json.loads(ask(photo, "What is it?", "--json", "--mode", "macro", bundle=bundle).stdout)
+    micro = json.loads(ask(photo, "What is it?", "--json", "--mode", "micro", bundle=bundle).stdout)
+    assert macro["fallback"] is None
+    assert "locate" not in macro["times_ms"]
+    assert micro["chosen"] == "macro"
+    assert "names no box" in micro["fallback"]
+    assert micro["answer"] == macro["answer"]
+
+
+def test_several_questions_are_a_line_each(photo, bundle):
+    lines = ask(photo, "What?", "Where?", "What?", "--json", bundle=bundle).stdout.splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert len(answers) == 3
+    assert answers[0]["answer"] == answers[2]["answer"]
+    assert [answer["counters"]["vision_encodes"] for answer in answers] == [1, 0, 0]
+
+
+def test_plain_gives_the_same_answer(photo, bundle):
+    fast, plain = (
+        json.loads(ask(photo, "What is it?", "--json", *flags, bundle=bundle).stdout)
+        for flags in ([], ["--plain"])
+    )
+    work, plain_work = fast.pop("counters"), plain.pop("counters")
+    del fast["times_ms"], plain["times_ms"]
+    assert fast == plain
+    assert plain_work["tokens_reused"] == 0
+    assert work["tokens_prefilled"] + work["tokens_reused"] == plain_work["tokens_prefilled"]
+
+
+def test_standard_input(photo, bundle):
+    piped = ask("-", "What is it?", "--json", bundle=bundle, stdin=photo.read_bytes())
+    named = ask(photo, "What is it?", "--json", bundle=bundle)
+    assert json.loads(piped.stdout)["answer"] == json.loads(named.stdout)["answer"]
+
+
+def test_standard_input_serves_every_question(photo, bundle):
+    result = ask("-", "What?", "Where?", "--json", bundle=bundle, stdin=photo.read_bytes())
+    assert len(result.stdout.splitlines()) == 2
+
+
+def test_readable_output(photo, bundle, points):
+    lines = ask(photo, "What is it?", bundle=bundle).stdout.splitlines()
+    answer = json.loads(ask(photo, "What is it?", "--json", bundle=bundle).stdout)
+    assert lines[0].strip() == cli._text(answer["answer"]).plain
+    words = " ".join(lines)
+    for expected in ("macro", "micro", "region", "[32, 48, 192, 168]", "loss", " ms: encode whole", "reused"):
+        assert expected in words
+    assert "\x1b" not in words  # no colours where no terminal is
+
+
+def test_readable_output_of_several_questions_names_them(photo, bundle):
+    lines = ask(photo, "What?", "Where to?", bundle=bundle).stdout.splitlines()
+    assert (lines.index("What?"), lines.count("Where to?")) == (0, 1)
+
+
+def test_readable_output_obeys_no_control_codes(photo, bundle, points, monkeypatch):
+    monkeypatch.setattr("dualfocus.runtime.scheduler.micro_answer", lambda _: "a\x1b[2J\x07b\nc")
+    output = ask(photo, "What?", "--mode", "micro", bundle=bundle).stdout
+    assert output.splitlines()[0] == "a\ufffd[2J\ufffdb c"
+
+
+def test_readable_output_says_why_there_is_no_micro_answer(photo, bundle):
+    assert "no micro answer: the reply" in ask(photo, "What is it?", bundle=bundle).stdout
+
+
+def test_show(photo, bundle, points, tmp_path):
+    out = tmp_path / "out.png"
+    ask(photo, "What is it?", "--show", out, bundle=bundle)
+    with Image.open(out) as image:
+        assert image.width > 640  # the picture, and the zoomed crop beside it
+        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 24)}
+    assert (255, 176, 0) in colours  # the box
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.png", "photo.png"]
+
+
+def test_show_without_a_box_and_over_an_old_file(photo, bundle, tmp_path):
+    out = tmp_path / "out.jpg"
+    out.write_text("old")
+    ask(photo, "What is it?", "--show", out, bundle=bundle)
+    with Image.open(out) as image:
+        image.load()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("none/out.png", "does not exist"), ("out.xyz", ".xyz names no picture format"), ("out", "no suffix")],
+)
+def test_show_where_nothing_can_be_written(photo, bundle, tmp_path, name, said):
+    sentence = refused(run("ask", photo, "What?", "--show", tmp_path / name, "--bundle", bundle))
+    assert said in sentence
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
+
+
+def test_show_of_several_answers(photo, bundle, tmp_path):
+    assert "2 questions" in refused(
+        run("ask", photo, "A?", "B?", "--show", tmp_path / "o.png", "--bundle", bundle)
+    )
+
+
+def test_show_leaves_no_half_when_the_disk_is_full(photo, bundle, tmp_path, monkeypatch):
+    def full(self: Image.Image, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    result = run("ask", photo, "What?", "--json", "--show", tmp_path / "out.png", "--bundle", bundle)
+    assert result.exit_code == 2
+    assert "No space left on device" in result.stderr
+    assert json.loads(result.stdout)["answer"]  # what was computed is not lost
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "text", "empty", "zero-sized", "folder", "bomb"])
+def test_bad_pictures(photo, bundle, tmp_path, kind):
+    path = tmp_path / "bad.png"
+    header = photo.read_bytes()
+    contents = {
+        "truncated": header[: len(header) // 2],
+        "text": b"hello",
+        "empty": b"",
+        "zero-sized": header[:16] + bytes(8) + header[24:],
+        "bomb": header[:16] + b"\0\1\0\0" * 2 + header[24:],
+    }
+    if kind == "folder":
+        path.mkdir()
+    elif kind in contents:
+        path.write_bytes(contents[kind])
+    sentence = refused(run("ask", path, "What?", "--bundle", bundle, "--json"))
+    assert str(path) in sentence
+
+
+@pytest.mark.parametrize("data", [b"", b"hello"])
+def test_bad_standard_input(bundle, data):
+    assert refused(run("ask", "-", "What?", "--bundle", bundle, stdin=data)).startswith("standard input is ")
+
+
+def test_a_bad_question_stops_before_any_answer(photo, bundle):
+    assert "empty" in refused(run("ask", photo, "What?", " ", "--bundle", bundle, "--json"))
+    assert "too long" in refused(run("ask", photo, "What?", "word " * 3000, "--bundle", bundle, "--json"))
+
+
+def test_bad_bundles(photo, bundle, tmp_path):
+    broken = Path(shutil.copytree(bundle, tmp_path / "broken"))
+    manifest = json.loads((broken / "manifest.json").read_text())
+    (broken / "manifest.json").write_text(json.dumps(manifest | {"format_version": 2}))
+    assert "newer dualfocus" in refused(run("ask", photo, "What?", "--bundle", broken))
+    assert "newer dualfocus" in refused(run("inspect", broken))
+    (broken / "manifest.json").write_text(json.dumps(manifest))
+    (broken / "vision.onnx").unlink()
+    assert "vision.onnx is missing" in refused(run("ask", photo, "What?", "--bundle", broken))
+    assert "not a folder" in refused(run("ask", photo, "What?", "--bundle", tmp_path / "none"))
+    assert "no manifest.json" in refused(run("ask", photo, "What?", "--bundle", tmp_path))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["ask"],
+        ["ask", "a.png"],
+        ["ask", "a.png", "Q", "--mode", "x"],
+        ["ask", "a.png", "Q", "--threads", "0"],
+    ],
+)
+def test_wrong_usage(arguments):
+    assert run(*arguments).exit_code == 2
+
+
+def test_inspect(bundle):
+    result = run("inspect", bundle, "--verify")
+    assert result.exit_code == 0
+    for expected in ("tiny", "56 x 56, 16 tokens", "2 layers of 64", "2 KV heads", "verified"):
+        assert expected in result.stdout
+
+
+def test_inspect_json(bundle):
+    printed = json.loads(run("inspect", bundle, "--json").stdout)
+    assert printed == json.loads((bundle / "manifest.json").read_text())
+
+
+def test_inspect_verify_finds_a_changed_byte(bundle, tmp_path):
+    broken = Path(shutil.copytree(bundle, tmp_path / "broken"))
+    data = bytearray((broken / "decoder.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (broken / "decoder.onnx").write_bytes(data)
+    assert run("inspect", broken).exit_code == 0
+    assert "SHA-256" in refused(run("inspect", broken, "--verify"))
+
+
+def test_export_refuses_what_is_no_checkpoint(tmp_path):
+    refused(run("export", tmp_path / "none", "-o", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+def test_help_imports_nothing_heavy():
+    done = python(
+        "import sys; from dualfocus import cli\n"
+        "try: cli.app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'numpy', 'PIL', 'rich', 'tokenizers', 'onnxruntime', 'torch', 'dualfocus.runtime'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    assert "ask" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_without_onnx_runtime_the_extras_are_named(photo, bundle):
+    done = python(
+        "import sys; sys.modules['onnxruntime'] = None\n"
+        "from dualfocus import cli\n"
+        f"cli.app(['ask', {str(photo)!r}, 'What?', '--bundle', {str(bundle)!r}])"
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "dualfocus[cpu]" in done.stderr
+    assert "dualfocus[gpu]" in done.stderr
+
+
+def test_a_reader_that_leaves_is_no_crash(photo, bundle):
+    arguments = ["ask", str(photo), "What?", "Why?", "--json", "--bundle", str(bundle)]
+    code = f"from dualfocus import cli; cli.app({arguments})"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr

@@ -1,0 +1,216 @@
+"""The prompts against PROTOCOL.md's table, written out by hand; and what they are tokenised to."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+import fakes
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from dualfocus.runtime.errors import QuestionError
+from dualfocus.runtime.turns import (
+    DUALFOCUS,
+    Image,
+    ImageToken,
+    Prompt,
+    Question,
+    Text,
+    Turn,
+    Turns,
+    micro_answer,
+    render,
+)
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the user's questions. "
+)
+HINT = "Answer the question using a single word or phrase."
+LOCATE = "Please provide the bounding box coordinate of the region this question asks: "
+COMBINE = "Please combine the information from these two images and answer this question:"
+
+
+def shown(question: str, *turns: Turn) -> str:
+    pieces = render(DUALFOCUS, Question.parse(question, HINT), turns)
+    return "".join("<image>" if isinstance(piece, Image) else piece.text for piece in pieces)
+
+
+def test_macro():
+    assert shown("What is it?", Turn(DUALFOCUS.macro)) == (
+        SYSTEM + "USER: <image>\nWhat is it?\nAnswer the question using a single word or phrase. ASSISTANT:"
+    )
+
+
+def test_locate_asks_the_first_line_alone():
+    assert shown("What is it?\nReference OCR: A", Turn(DUALFOCUS.locate)) == (
+        SYSTEM + "USER: <image>\n" + LOCATE + "What is it? ASSISTANT:"
+    )
+
+
+def test_micro_has_the_box_as_history():
+    turns = Turn(DUALFOCUS.locate, "[0.10, 0.20, 0.30, 0.40]"), Turn(DUALFOCUS.micro)
+    assert shown("What is it?\nA. cat\nB. dog", *turns) == (
+        SYSTEM
+        + "USER: <image>\n"
+        + LOCATE
+        + "What is it? ASSISTANT: [0.10, 0.20, 0.30, 0.40]</s>USER: <image>\n"
+        + COMBINE
+        + " What is it?\nA. cat\nB. dog ASSISTANT:"
+    )
+
+
+def test_select_has_no_space_after_the_colon_no_period_and_two_spaces_before_assistant():
+    turns = Turn(DUALFOCUS.locate, "[0.10, 0.20, 0.30, 0.40]"), Turn(DUALFOCUS.select, "a cat")
+    assert shown("What is it?\nA. cat", *turns) == (
+        SYSTEM
+        + "USER: <image>\n"
+        + LOCATE
+        + "What is it? ASSISTANT: [0.10, 0.20, 0.30, 0.40]</s>USER: <image>\n"
+        + COMBINE
+        + "What is it?\nAnswer the question using a single word or phrase  ASSISTANT: a cat</s>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "first_line", "whole"),
+    [
+        ("What?", "What?", f"What?\n{HINT}"),
+        ("  What? \n", "What?", f"What?\n{HINT}"),
+        ("What?\nA. x", "What?", "What?\nA. x"),
+        ("What? \nA. x", "What?", "What? \nA. x"),
+    ],
+)
+def test_a_question_without_hints_of_its_own_gets_one(text, first_line, whole):
+    assert Question.parse(text, HINT) == Question(first_line, whole)
+
+
+def test_an_empty_hint_adds_nothing():
+    assert Question.parse("What?", "") == Question("What?", "What?")
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n\t\n"])
+def test_an_empty_question_is_refused(text):
+    with pytest.raises(QuestionError, match="empty"):
+        Question.parse(text, HINT)
+
+
+@pytest.mark.parametrize("text", ["{Q}", "{T}", "{turn}", "{answer}", "<image>", "a {Q} b <image> c"])
+def test_a_question_cannot_change_the_dialogue(text):
+    pieces = render(
+        DUALFOCUS, Question.parse(text, ""), [Turn(DUALFOCUS.locate, text), Turn(DUALFOCUS.micro)]
+    )
+    assert sum(isinstance(piece, Image) for piece in pieces) == 2
+    texts = [piece.text for piece in pieces if isinstance(piece, Text)]
+    assert texts[2] == f"\n{LOCATE}{text} ASSISTANT:"
+    assert texts[3] == f" {text}</s>"
+
+
+def test_an_answer_loses_newlines_and_then_periods():
+    assert micro_answer("\n..AB7.\n") == "AB7"
+    assert micro_answer("1.5") == "1.5"
+    assert micro_answer("...") == ""
+
+
+@pytest.fixture(scope="module")
+def turns() -> Turns:
+    tokenizer = fakes.make_tokenizer()
+    return Turns(fakes.make_manifest(tokenizer), tokenizer, "What is written?")
+
+
+def split(prompt: Prompt) -> list[list[int] | str]:
+    """Token ids between the images, and every image's name where all its tokens stand in order."""
+    parts: list[list[int] | str] = [[]]
+    tokens = iter(prompt.tokens)
+    for token in tokens:
+        if isinstance(token, ImageToken):
+            rest = [next(tokens) for _ in range(fakes.IMAGE_TOKENS - 1)]
+            assert [token, *rest] == [ImageToken(token.image, i) for i in range(fakes.IMAGE_TOKENS)]
+            parts += [token.image, []]
+        else:
+            parts[-1].append(token)
+    return parts
+
+
+def test_text_between_images_is_tokenised_on_its_own_with_one_bos_in_front(turns):
+    tokenizer = fakes.make_tokenizer()
+
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    assert split(turns.micro("w", "c", "[0.1]")) == [
+        [fakes.BOS, *ids(SYSTEM + "USER: ")],
+        "w",
+        ids(f"\n{LOCATE}What is written? ASSISTANT: [0.1]</s>USER: "),
+        "c",
+        ids(f"\n{COMBINE} What is written?\n{HINT} ASSISTANT:"),
+    ]
+
+
+def sentencepiece_like() -> Tokenizer:
+    """Spaces as "▁", one put in front of every text, bytes for characters it does not know: Llama's kind."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+        [SYSTEM, LOCATE, COMBINE, HINT, "[0.10, 0.20] USER: ASSISTANT:"] * 5, trainer
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [fakes.make_tokenizer(), sentencepiece_like()], ids=["bytes", "sentencepiece"]
+)
+@pytest.mark.parametrize("answer", ["a k\u00e9\u4e16 7", "ASSISTANT: USER:", "1", ""])
+def test_replies_are_what_the_model_said_with_its_end(tokenizer, answer):
+    box = "[0.10, 0.20, 0.60, 0.70]"
+    prompt = Turns(fakes.make_manifest(tokenizer), tokenizer, "What?").select("w", "c", box, answer)
+    assert all(prompt.tokens[reply.stop - 1] == fakes.EOS for reply in prompt.replies)
+    said = [[prompt.tokens[at] for at in reply] for reply in prompt.replies]
+    texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in said]
+    assert [text.removesuffix("</s>").strip() for text in texts] == [box, answer]
+    assert prompt.replies[-1].stop == len(prompt.tokens)
+    before = prompt.tokens[prompt.replies[-1].start - 6 : prompt.replies[-1].start]
+    assert tokenizer.decode(list(before)).endswith("ASSISTANT:")
+
+
+def test_what_is_asked_has_no_replies(turns):
+    assert turns.macro("w").replies == turns.locate("w").replies == ()
+    assert len(turns.micro("w", "c", "[0.1]").replies) == 1
+
+
+@pytest.mark.parametrize("macro_only", [True, False])
+def test_the_longest_question_that_is_let_through_fits(macro_only):
+    tokenizer = fakes.make_tokenizer()
+    manifest = fakes.make_manifest(tokenizer)
+    context = manifest.decoder.context
+
+    def longest(words: int) -> int:
+        turns = Turns(manifest, tokenizer, "x " * words + "x")
+        turns.check_length(macro_only=macro_only)
+        prompts = [turns.macro("w")]
+        if not macro_only:
+            prompts += [turns.micro("w", "c", "0" * 39), turns.select("w", "c", "0" * 39, "")]
+        return max(len(prompt.tokens) for prompt in prompts) + manifest.max_new_tokens
+
+    fits = bisect_left(range(1000), True, key=lambda words: refused(longest, words)) - 1
+    assert longest(fits) <= context
+    assert fits > 100
+    with pytest.raises(QuestionError, match=r"too long: .* takes \d+ tokens, the model has room for 1500"):
+        longest(fits + 1)
+
+
+def refused(check, words: int) -> bool:
+    try:
+        check(words)
+    except QuestionError:
+        return True
+    return False

@@ -8,19 +8,23 @@ the tower's dense labels and the symbols the decoder learns to look things up in
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from dualfocus.kernels import crop_resize_u8
 from dualfocus.runtime.geometry import Box, Crop, convert
 from dualfocus.runtime.manifest import ImageSpec, Prompts
 from dualfocus.runtime.turns import DUALFOCUS
+from dualfocus.train.curate import Dialogue
 from dualfocus.train.scenes import ALPHABET, COLOURS, KINDS, Pixels, Scene
 
 GRID = 8
@@ -68,6 +72,15 @@ def view_cells(scene: Scene, crop: Crop) -> NDArray[np.int64]:
     return cells
 
 
+def asked_cell(scene: Scene, dialogue: Dialogue) -> int:
+    """The cell of the whole view that holds the centre of the one object asked about, or -1."""
+    if dialogue.category == "count" or (dialogue.answer == "no" and dialogue.category == "existence"):
+        return -1
+    x0, y0, x1, y1 = to_view((0, 0, scene.width, scene.height), dialogue.box)
+    return int((y0 + y1) / 2 * GRID) * GRID + int((x0 + x1) / 2 * GRID)
+
+
+FIRST_CELL = 3  # "<s>", "USER:" and a space stand before the picture
 PROMPTS = Prompts(
     system="",
     user="USER: {turn} ASSISTANT:",
@@ -102,6 +115,8 @@ def build_tokenizer() -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_corpus(), trainer)
+    start = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
     # not special: they are read back as text
     tokenizer.add_tokens(["USER:", "ASSISTANT:"])
     return tokenizer
@@ -126,6 +141,7 @@ def build_model(tokenizer: Tokenizer, seed: int) -> LlavaForConditionalGeneratio
         num_attention_heads=6,
         num_key_value_heads=6,
         max_position_embeddings=512,
+        rope_theta=1e6,  # half of a head's dimensions hardly turn within the context: they hold content
         tie_word_embeddings=True,
         initializer_range=0.05,
         bos_token_id=tokenizer.token_to_id("<s>"),
@@ -143,7 +159,7 @@ def build_model(tokenizer: Tokenizer, seed: int) -> LlavaForConditionalGeneratio
         tie_word_embeddings=True,
     )
     model = LlavaForConditionalGeneration(config)
-    _look_alikes(model, tokenizer)
+    _look_things_up(model, tokenizer)
     return model
 
 
@@ -153,6 +169,35 @@ def waves() -> torch.Tensor:
     return torch.cat([angle.sin(), angle.cos()], -1)
 
 
+def save_checkpoint(model: LlavaForConditionalGeneration, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the model as a Hugging Face checkpoint that `dualfocus export` takes, weights in float16."""
+    model.eval().half().save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_pad": True,
+        "do_resize": True,
+        "size": {"height": IMAGE.size, "width": IMAGE.size},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": IMAGE.mean,
+        "image_std": IMAGE.std,
+    }
+    declared = {
+        "name": "nano",
+        "prompts": dataclasses.asdict(PROMPTS),
+        "coordinates": "padded",
+        "select": "reference",
+        "max_new_tokens": 16,
+    }
+    for name, content in (("preprocessor_config.json", processor), ("dualfocus.json", declared)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
 def turn(hidden: int) -> torch.Tensor:
     """A fixed rotation (hidden, hidden): image tokens start out as the turned embeddings of words."""
     generator = torch.Generator().manual_seed(0)
@@ -160,21 +205,65 @@ def turn(hidden: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _look_alikes(model: LlavaForConditionalGeneration, tokenizer: Tokenizer) -> None:
+def _look_things_up(model: LlavaForConditionalGeneration, tokenizer: Tokenizer) -> None:
     """Start the decoder off as a look-up machine, which is most of what it will have to be.
 
-    A query is the key of the turned token: so a word looks at the cells that show it, and not at itself.
-    Outputs are transposed values: a token takes over what it looks at. Numbers resemble their neighbours.
+    Embeddings: all tokens share a direction, words of one sort another, a plural resembles its singular
+    and a number its neighbours. Layer 0: every token gathers the kinds and colours before it. Layers 1
+    and 2: what was gathered looks for the cells that show it, and takes over their words. Image tokens
+    start out as words turned by `turn`, so that a word looks at cells and not at words.
     """
-    rotation = turn(model.config.text_config.hidden_size)
-    for layer in model.model.language_model.layers:
-        attention = layer.self_attn
-        attention.k_proj.weight.mul_(2)  # sharp enough to find one cell among all
-        attention.q_proj.weight.copy_(attention.k_proj.weight @ rotation)
-        attention.o_proj.weight.copy_(0.1 * attention.v_proj.weight.T)
+    text = model.config.text_config
+    hidden, size, heads = text.hidden_size, text.head_dim, text.num_attention_heads
+    rotation = turn(hidden)
     table = model.get_input_embeddings().weight
+
+    def rows(words: list[str]) -> list[int]:
+        return [tokenizer.token_to_id(tokenizer.encode(w, add_special_tokens=False).tokens[0]) for w in words]
+
+    kinds, colours = rows([f" {kind}" for kind in KINDS]), rows([f" {colour}" for colour in COLOURS])
+    letters = rows([f" {c}" for c in ALPHABET])
     numbers = [tokenizer.token_to_id(f"{n:02d}") for n in range(100)]
-    table[numbers] = waves() @ torch.randn(10, table.shape[1]) * (0.05 / 5**0.5)
+    things = torch.linalg.qr(table[kinds + colours].T)[0].T  # (16, hidden): all that kinds and colours span
+    table[rows([f" {kind}s" for kind in KINDS])] += table[kinds]
+    table[rows(list(ALPHABET))] += table[letters]
+    table[numbers] = waves() @ torch.randn(10, hidden) * (0.05 / 5**0.5)
+    sorts = torch.randn(5, hidden) * 0.05
+    for sort, alike in zip(sorts, (kinds, colours, letters, numbers, rows([" yes", " no"])), strict=True):
+        table[alike] += sort
+    table[rows([f" {kind}s" for kind in KINDS])] += sorts[0]
+    shared = torch.randn(hidden) * 0.05
+    table += shared
+    shared /= shared.norm()
+    others = torch.eye(hidden) - shared[:, None] * shared[None]
+
+    cells = torch.linalg.qr(torch.randn(hidden, hidden))[0]
+    # within a head, the dimensions that rotary positions hardly turn
+    still = torch.cat([torch.arange(size // 4, size // 2), torch.arange(3 * size // 4, size)])
+    for number, layer in enumerate(model.model.language_model.layers):
+        attention = layer.self_attn
+        query, key, value, out = (
+            part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        )
+        basis = torch.linalg.qr(torch.randn(hidden, hidden))[0]
+        value.copy_(basis @ others)
+        out.copy_(0.15 * basis.T)
+        for head in range(heads):
+            rows_of = slice(head * size, (head + 1) * size)
+            if number == 0 and head > 0:
+                query[rows_of] *= 0.3
+                key[rows_of] *= 0.3
+                query[head * size + size // 2 - 1] = shared
+                key[head * size + size // 2 - 1] = sorts[:2].sum(0) / sorts[:2].sum(0).norm()
+            if number in (1, 2) and head < heads // 2:
+                query[rows_of] *= 0.3
+                key[rows_of] *= 0.3
+                query[head * size + still] = 2 * things
+                key[head * size + still] = 2 * things @ rotation.T
+                # the two layers take over one half of a cell each
+                half = cells[(number - 1) * hidden // 2 + head * size :][:size]
+                value[rows_of] = half @ rotation.T
+                out[:, rows_of] = 0.3 * half.T
 
 
 def _corpus() -> Iterator[str]:

@@ -206,11 +206,12 @@ class Tree:
 
     prefix: NDArray[np.int64]  # (P, 4)
     branches: list[NDArray[np.int64]]  # one (n, L, 4) for each of BRANCHES, padded on the right
+    asked: list[NDArray[np.int64]]  # one (n,) for each: the cell of the whole view asked about, or -1
     cells: NDArray[np.int64]  # (views, GRID², 9)
     pixels: NDArray[np.uint8]  # (views, S, S, 3), no views where symbols are enough
 
 
-BRANCHES = {"macro": 6, "locate": 3, "micro": 3}  # how many of each a tree has
+BRANCHES = {"macro": 12, "locate": 4, "micro": 3}  # how many of each a tree has
 PADDING = (0, 0, -100, 0)
 CATEGORIES = ("detail", "attribute", "existence", "count", "relation")
 GROUPS = (*(f"macro {c}" for c in CATEGORIES), *(f"micro {c}" for c in CATEGORIES), "box")
@@ -236,30 +237,35 @@ class Trees(IterableDataset[Tree]):
         """The tree of the scene of this seed."""
         scene = scenes.layout(seed, *self.things)
         rng = random.Random(seed)
-        asked = curate.dialogues(scenes.annotate(scene, 0))
+        dialogues = curate.dialogues(scenes.annotate(scene, 0))
         crops = [(0, 0, scene.width, scene.height)]
         branches: list[list[NDArray[np.int64]]] = []
+        asked: list[list[int]] = []
 
-        def branch(question: str, turns: list[Turn], learn: list[tuple[int, str]]) -> None:
-            pieces = render(nano.PROMPTS, Question.parse(question, ""), turns)
+        def branch(d: Dialogue, turns: list[Turn], learn: list[tuple[int, str]]) -> None:
+            asked[-1].append(nano.asked_cell(scene, d))
+            pieces = render(nano.PROMPTS, Question.parse(d.question, ""), turns)
             views = ["0", str(len(crops) - 1)][: sum(isinstance(p, Image) for p in pieces)]
             prompt = tokenize(pieces, self.tokenizer, self.tokens, views, nano.GRID**2)
             branches[-1].append(self.columns(prompt, learn))
 
         branches.append([])
-        for d in self.choose(rng, asked, (0.3, 2, 2, 2, 1.5), BRANCHES["macro"]):
-            branch(d.question, [Turn(nano.PROMPTS.macro, d.answer)], [(0, f"macro {d.category}")])
+        asked.append([])
+        for d in self.choose(rng, dialogues, (0.3, 2, 2, 2, 1.5), BRANCHES["macro"]):
+            branch(d, [Turn(nano.PROMPTS.macro, d.answer)], [(0, f"macro {d.category}")])
         branches.append([])
-        for d in self.choose(rng, asked, (2, 2, 1, 1, 1), BRANCHES["locate"]):
-            branch(d.question, [Turn(nano.PROMPTS.locate, nano.box_text(scene, d.box))], [(0, "box")])
+        asked.append([])
+        for d in self.choose(rng, dialogues, (2, 2, 1, 1, 1), BRANCHES["locate"]):
+            branch(d, [Turn(nano.PROMPTS.locate, nano.box_text(scene, d.box))], [(0, "box")])
         branches.append([])
-        for d in self.choose(rng, asked, (3, 1, 1.5, 1.5, 1), BRANCHES["micro"]):
+        asked.append([])
+        for d in self.choose(rng, dialogues, (3, 1, 1.5, 1.5, 1), BRANCHES["micro"]):
             # half of the crops are as true as boxes get, half as wrong as a model's may be
             wrong = rng.random() < 0.5
             text = nano.box_text(scene, jittered(rng, d.box, 0.12) if wrong else d.box)
             crops.append(crop_of(scene, text))
             turns = [Turn(nano.PROMPTS.locate, text), Turn(nano.PROMPTS.micro, d.answer)]
-            branch(d.question, turns, [(1, f"micro {d.category}")] + ([] if wrong else [(0, "box")]))
+            branch(d, turns, [(1, f"micro {d.category}")] + ([] if wrong else [(0, "box")]))
 
         # macro and locate part ways right after the picture: what they share is the prefix
         shared = branches[0][0][: len(branches[1][0]), :2] == branches[1][0][: len(branches[0][0]), :2]
@@ -269,6 +275,7 @@ class Trees(IterableDataset[Tree]):
         return Tree(
             branches[0][0][:prefix],
             [pad([row[prefix:] for row in rows]) for rows in branches],
+            [np.array(cells) for cells in asked],
             np.stack([nano.view_cells(scene, crop) for crop in crops]),
             np.stack(views) if views else np.zeros((0, nano.IMAGE.size, nano.IMAGE.size, 3), np.uint8),
         )
@@ -304,13 +311,17 @@ def pad(rows: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
 
 
 def collate(trees: list[Tree]) -> dict[str, Tensor]:
-    """Pictures after each other: `prefix` (B, P, 4), each of BRANCHES (B * n, L, 4), `cells`, `pixels`."""
+    """Pictures after each other: `prefix` (B, P, 4), each of BRANCHES (B * n, L, 4), `cells`, `pixels`.
+
+    For each branch also the cell asked about, as "macro asked" (B * n,).
+    """
     first = np.cumsum([0] + [len(tree.cells) * nano.GRID**2 for tree in trees])
     out = {"prefix": np.stack([tree.prefix for tree in trees])}
     out["prefix"][..., 1] += first[:-1, None]
     for i, (name, n) in enumerate(BRANCHES.items()):
         out[name] = pad([row for tree in trees for row in tree.branches[i]])
         out[name][..., 1] += np.repeat(first[:-1], n)[:, None]
+        out[f"{name} asked"] = np.concatenate([tree.asked[i] for tree in trees])
     out["cells"] = np.concatenate([tree.cells for tree in trees])
     out["pixels"] = np.concatenate([tree.pixels for tree in trees])
     return {name: torch.from_numpy(array) for name, array in out.items()}
@@ -319,9 +330,9 @@ def collate(trees: list[Tree]) -> dict[str, Tensor]:
 class Symbols(nn.Module):
     """Slot classes (…, 9) -> embeddings (…, hidden): a sum of one vector a slot.
 
-    A word's vector starts as the decoder's own embedding of that word, turned; "none" as nothing.
-    Numbers are `nano.waves` through a
-    linear map, so that a regression onto the sum loses little by being slightly off.
+    A word's vector starts as what is its own in the decoder's embedding, turned; "none" as nothing.
+    Numbers are `nano.waves` through a linear map, so that a regression onto the sum loses little by being
+    slightly off.
     """
 
     def __init__(self, model: LlavaForConditionalGeneration, tokenizer: Tokenizer) -> None:
@@ -334,7 +345,8 @@ class Symbols(nn.Module):
         for words in spelled:
             ids = [tokenizer.encode(word, add_special_tokens=False).ids for word in words]
             assert all(len(one) == 1 for one in ids)
-            rows = torch.cat([torch.zeros(1, hidden), table[[one[0] for one in ids]] @ nano.turn(hidden).T])
+            own = table[[one[0] for one in ids]]
+            rows = torch.cat([torch.zeros(1, hidden), (own - own.mean(0)) @ nano.turn(hidden).T])
             self.words.append(nn.Embedding.from_pretrained(rows.clone(), freeze=False))
         self.register_buffer("waves", nano.waves())
         self.numbers = nn.ModuleList(nn.Linear(self.waves.shape[1], hidden, bias=False) for _ in range(4))
@@ -362,6 +374,8 @@ class Dialogues(nn.Module):
         size = tokenizer.get_vocab_size()
         soft = torch.eye(size)
         soft[numbers[:, None], numbers[None]] = near(100)
+        weights = [0.2 if name == "macro detail" else 1.0 if name == "box" else 4.0 for name in GROUPS]
+        self.register_buffer("weights", torch.tensor(weights))
         self.register_buffer("soft", soft)  # row t: what to predict where token t is right
 
     def loss(
@@ -375,44 +389,60 @@ class Dialogues(nn.Module):
         flat = image_tokens.flatten(0, 1)
         decoder = self.model.model.language_model
 
-        def run(columns: Tensor, cache: DynamicCache) -> Tensor:
+        def run(columns: Tensor, cache: DynamicCache) -> Any:
             embeds = decoder.embed_tokens(columns[..., 0])
             here = columns[..., 0] == self.model.config.image_token_id
             embeds = torch.where(here[..., None], flat[columns[..., 1]].to(embeds.dtype), embeds)
-            return decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state
+            return decoder(
+                inputs_embeds=embeds, past_key_values=cache, use_cache=True, output_attentions=True
+            )
 
         prefix = DynamicCache()
         run(batch["prefix"], prefix)
-        hidden, targets, groups, replies = [], [], [], []
+        hidden, targets, groups, replies, pointing = [], [], [], [], []
         for name in branches:
             columns, n = batch[name], BRANCHES[name]
             fork = DynamicCache()
             for i, layer in enumerate(prefix.layers):
                 fork.update(layer.keys.repeat_interleave(n, 0), layer.values.repeat_interleave(n, 0), i)
             wanted = columns[..., 2] >= 0
-            hidden.append(run(columns, fork)[wanted])
+            out = run(columns, fork)
+            hidden.append(out.last_hidden_state[wanted])
+            if name != "micro":
+                pointing.append(self.pointing(out.attentions, wanted, batch[f"{name} asked"]))
             targets.append(columns[wanted][:, 2])
             groups.append(columns[wanted][:, 3])
             replies.append(wanted.nonzero()[:, 0] + 10_000 * len(replies))
         target, group = torch.cat(targets), torch.cat(groups)
         logits = self.model.lm_head(torch.cat(hidden)).float()
-        # a label read from the whole picture is a guess: learned, but not at the price of the rest
-        weight = torch.where(group == 0, 0.2, 1.0)
+        # an answer has one or two tokens, a box ten and half of them fixed; a label asked of the whole
+        # picture is a guess, learned but not at the price of the rest
+        weight = self.weights[group]
         losses = -(self.soft[target] * logits.log_softmax(-1)).sum(-1)
-        loss = (losses * weight).sum() / weight.sum()
+        loss = (losses * weight).sum() / weight.sum() + 0.3 * torch.cat(pointing).mean()
         with torch.no_grad():
             good = self.soft[target, logits.argmax(-1)] > 0.05
             names, index = (torch.cat(replies) * len(GROUPS) + group).unique(return_inverse=True)
             whole = torch.ones(len(names)).scatter_reduce(0, index, good.float(), "amin")
             of = names % len(GROUPS)
             right = {name: whole[of == i].mean().item() for i, name in enumerate(GROUPS) if (of == i).any()}
+            right["pointing"] = torch.cat(pointing).mean().item()
         return loss, right
+
+    def pointing(self, attentions: tuple[Tensor, ...], wanted: Tensor, asked: Tensor) -> Tensor:
+        """How far two heads of the third layer are from looking at the cell asked about, in nats.
+
+        Where an answer comes from is known; said outright, it is learned in minutes instead of hours.
+        """
+        looks = attentions[2][:, :2].float()  # (rows, 2, queries, keys)
+        row, query = (wanted & (asked >= 0)[:, None]).nonzero(as_tuple=True)
+        return -(looks[row, :, query, nano.FIRST_CELL + asked[row]] + 1e-4).log().mean(-1)
 
 
 def train_symbols(minutes: float, seed: int, resume: bool) -> None:
     """Stage 2: the decoder alone, from easy to hard.
 
-    With one or two objects it learns what of a cell to copy, with more which cell; the micro turns, which
+    With one to three objects it learns what of a cell to copy, with more which cell; the micro turns, which
     cost more than all others together, join when looking things up works.
     """
     dataset = Trees(seed * 1_000_000, pixels=False)
@@ -433,7 +463,7 @@ def train_symbols(minutes: float, seed: int, resume: bool) -> None:
     for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collate):
         progress.rate(optimizer)
         # no worker process stands between: the next scene is laid out as said here
-        dataset.things = (1, 2) if progress.share < 0.12 and not resume else (3, 7)
+        dataset.things = (1, 3) if progress.share < 0.12 and not resume else (3, 7)
         early = progress.share < 0.5 and not resume
         branches = ("macro", "locate") if early else tuple(BRANCHES)
         with torch.autocast("cpu", torch.bfloat16):
@@ -514,6 +544,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--save", type=Path, help="with `dialogues`: write the trained checkpoint here")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     RUNS.mkdir(parents=True, exist_ok=True)

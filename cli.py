@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -130,6 +130,52 @@ def inspect(
             _print_manifest(manifest, verified=verify)
 
 
+evaluate = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure answers, not time.")
+app.add_typer(evaluate, name="eval")
+
+
+@evaluate.command()
+def scenes(
+    limit: Annotated[int, typer.Option(metavar="N", min=1, help="Questions to ask.")] = 2000,
+    bundle: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The model  [default: the built-in one]")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="Threads of the engines.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    save: Annotated[bool, typer.Option("--save", help="Keep the result under bench/results.")] = False,
+) -> None:
+    """Ask about drawn scenes that no training ever saw."""
+    with _errors():
+        from rich.progress import track
+
+        from dualfocus.runtime import Bundle, FocusRunner
+        from dualfocus.runtime.bundle import BUILT_IN
+        from dualfocus.runtime.errors import InputError
+
+        try:
+            from dualfocus.bench import harness
+            from dualfocus.bench import scenes as bench
+        except ModuleNotFoundError as error:
+            raise InputError(f"eval scenes needs {error.name}: pip install 'dualfocus[cpu,train]'") from None
+
+        model = Bundle.open(bundle or BUILT_IN, threads=threads)
+        asked = bench.ask_all(FocusRunner(model), bench.held_out(limit))
+        outcomes = list(
+            track(asked, "asking", total=limit, console=_stderr(), disable=not sys.stderr.isatty())
+        )
+        result = {
+            "machine": harness.machine(["dualfocus", "onnxruntime", "numpy", "pillow"]),
+            "bundle": model.manifest.name,
+            **bench.summarise(outcomes),
+        }
+    if as_json:
+        print(json.dumps(result))
+    else:
+        _print_accuracy(result)
+    if save:
+        harness.save("scenes", result)
+
+
 @contextmanager
 def _errors() -> Iterator[None]:
     """What a user gave and cannot be used ends the command with one sentence."""
@@ -152,9 +198,7 @@ class _Waiting:
     def __init__(self) -> None:
         self._status: Status | None = None
         if sys.stderr.isatty():
-            from rich.console import Console
-
-            self._status = Console(stderr=True).status("")
+            self._status = _stderr().status("")
 
     def say(self, stage: str) -> None:
         if self._status is not None:
@@ -264,6 +308,36 @@ def _print_manifest(manifest: Manifest, *, verified: bool) -> None:
     _console().print(rows)
 
 
+def _print_accuracy(result: dict[str, Any]) -> None:
+    """Shares right in percent, with the 95 % interval of dual."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "questions", "macro", "micro", "dual", "interval", "oracle"):
+        table.add_column(column, justify="right" if column else "left")
+    for group, row in result["accuracy"].items():
+        shares = {name: f"{100 * row[name]['share']:.1f}" for name in ("macro", "micro", "dual", "oracle")}
+        interval = f"{100 * row['dual']['low']:.1f} to {100 * row['dual']['high']:.1f}"
+        table.add_row(
+            group,
+            str(row["questions"]),
+            shares["macro"],
+            shares["micro"],
+            shares["dual"],
+            interval,
+            shares["oracle"],
+        )
+    console = _console()
+    console.print(table)
+    if boxes := result["boxes"]:
+        fitting = 100 * boxes["iou_50"]["share"]
+        console.print(f"boxes with IoU of at least 0.5: {fitting:.1f} % of {boxes['asked']}")
+    chosen = ", ".join(f"{name} {count}" for name, count in result["chosen"].items())
+    console.print(
+        f"chosen: {chosen}; no micro answer: {result['fallbacks']}; median {result['median_ms']} ms"
+    )
+
+
 def _text(text: str, style: str = "") -> Text:
     """One line of text; what a terminal would obey, a model can say too, so that is replaced."""
     from rich.text import Text
@@ -276,6 +350,12 @@ def _console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=1000)
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
 
 
 def main() -> None:

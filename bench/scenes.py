@@ -20,11 +20,13 @@ from dualfocus.train.curate import Dialogue
 
 CATEGORIES = ("detail", "attribute", "count", "existence", "relation")
 GLOBAL = ("attribute", "count", "existence")  # what the whole picture can answer
-PER_SCENE = 5  # one question of each category where the scene has one
 
 
 def held_out(questions: int) -> list[tuple[scenes.Scene, Dialogue]]:
-    """The first `questions` held-out questions; a longer list begins with the shorter one."""
+    """The first `questions` held-out questions, of every scene at most one of each category.
+
+    A longer list begins with the shorter one.
+    """
     found: list[tuple[scenes.Scene, Dialogue]] = []
     seed = scenes.HELD_OUT
     while len(found) < questions:
@@ -90,9 +92,9 @@ def wilson(right: int, of: int) -> tuple[float, float]:
 
 def summarise(outcomes: list[Outcome]) -> dict[str, Any]:
     """Shares right by kind of question and pass, each with its interval; boxes, choices and latency."""
-    groups: dict[str, Callable[[Outcome], bool]] = {c: (lambda o, c=c: o.category == c) for c in CATEGORIES}
-    groups["global"] = lambda o: o.category in GLOBAL
-    groups["all"] = lambda o: True
+    groups = {c: [o for o in outcomes if o.category == c] for c in CATEGORIES}
+    groups["global"] = [o for o in outcomes if o.category in GLOBAL]
+    groups["all"] = outcomes
     passes: dict[str, Callable[[Outcome], bool]] = {
         "macro": lambda o: o.macro,
         "micro": lambda o: o.micro,
@@ -100,13 +102,11 @@ def summarise(outcomes: list[Outcome]) -> dict[str, Any]:
         "oracle": lambda o: o.macro or o.micro,  # always picks the right one of the two
     }
     table = {}
-    for group, belongs in groups.items():
-        members = [o for o in outcomes if belongs(o)]
-        if not members:
-            continue
-        table[group] = {"questions": len(members)} | {
-            name: share(sum(map(right, members)), len(members)) for name, right in passes.items()
-        }
+    for group, members in groups.items():
+        if members:
+            table[group] = {"questions": len(members)} | {
+                name: share(sum(map(right, members)), len(members)) for name, right in passes.items()
+            }
     boxes = [o.iou for o in outcomes if o.iou is not None]
     return {
         "questions": len(outcomes),

@@ -7,7 +7,7 @@ such a first divergence is counted and shown, and nothing after it is compared.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,10 +17,14 @@ import tiny
 from PIL import Image
 from transformers_protocol import Reply, TransformersProtocol
 
+from dualfocus.bench.scenes import held_out
 from dualfocus.export import export_bundle
-from dualfocus.runtime.bundle import Bundle
+from dualfocus.runtime.bundle import BUILT_IN, Bundle
 from dualfocus.runtime.scheduler import FocusRunner
 from dualfocus.runtime.turns import DUALFOCUS
+from dualfocus.train import scenes
+
+CHECKPOINT = Path(__file__).parent.parent / "train" / "checkpoint"  # what models/nano was exported from
 
 TIE = 1e-3  # logits of the reference closer than this may swap
 LOSS_TOLERANCE = 1e-3
@@ -160,3 +164,18 @@ def test_another_family_of_prompts_agrees(tmp_path: Path, capsys: pytest.Capture
     with capsys.disabled():
         print(f"\n{tally}")
     assert tally.losses > len(pairs)
+
+
+def held_out_pairs(count: int) -> Iterator[Pair]:
+    """Questions about drawn scenes that nano was never trained on; nano names its boxes itself."""
+    for scene, dialogue in held_out(count):
+        yield scenes.draw(scene), dialogue.question, None
+
+
+@pytest.mark.parametrize("pairs", [10, pytest.param(200, marks=pytest.mark.slow)])
+def test_nano_agrees_with_transformers(pairs: int, capsys: pytest.CaptureFixture[str]) -> None:
+    tally = check_parity(CHECKPOINT, BUILT_IN, held_out_pairs(pairs))
+    with capsys.disabled():
+        print(f"\nnano: {tally}")
+    assert tally.pairs == pairs
+    assert tally.losses > 0  # some passes disagreed, so choices were compared too

@@ -159,7 +159,8 @@ def build_model(tokenizer: Tokenizer, seed: int) -> LlavaForConditionalGeneratio
         tie_word_embeddings=True,
     )
     model = LlavaForConditionalGeneration(config)
-    _look_things_up(model, tokenizer)
+    with torch.no_grad():
+        _look_things_up(model, tokenizer)
     return model
 
 
@@ -204,13 +205,12 @@ def turn(hidden: int) -> torch.Tensor:
     return torch.linalg.qr(torch.randn(hidden, hidden, generator=generator))[0]
 
 
-@torch.no_grad()
 def _look_things_up(model: LlavaForConditionalGeneration, tokenizer: Tokenizer) -> None:
     """Start the decoder off as a look-up machine, which is most of what it will have to be.
 
     Embeddings: all tokens share a direction, words of one sort another, a plural resembles its singular
-    and a number its neighbours. Layer 0: every token gathers the kinds and colours before it. Layers 1
-    and 2: what was gathered looks for the cells that show it, and takes over their words. Image tokens
+    and a number its neighbours. One head of layer 0 gathers the kinds and colours before a token. A head in
+    layers 1 and 2 looks with them for the cells that show them, and takes over their words. Image tokens
     start out as words turned by `turn`, so that a word looks at cells and not at words.
     """
     text = model.config.text_config
@@ -235,35 +235,35 @@ def _look_things_up(model: LlavaForConditionalGeneration, tokenizer: Tokenizer) 
     shared = torch.randn(hidden) * 0.05
     table += shared
     shared /= shared.norm()
-    others = torch.eye(hidden) - shared[:, None] * shared[None]
+    spelled = torch.linalg.qr((table[letters] - table[letters].mean(0)).T)[0].T  # (22, hidden)
 
-    cells = torch.linalg.qr(torch.randn(hidden, hidden))[0]
     # within a head, the dimensions that rotary positions hardly turn
     still = torch.cat([torch.arange(size // 4, size // 2), torch.arange(3 * size // 4, size)])
-    for number, layer in enumerate(model.model.language_model.layers):
-        attention = layer.self_attn
-        query, key, value, out = (
-            part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+
+    def head(
+        layer: int, number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gain: float
+    ) -> None:
+        """Make a head attend by `query` and `key`, and write the directions it reads by `value`."""
+        attention, first = model.model.language_model.layers[layer].self_attn, number * size
+        rows_of = slice(first, first + size)
+        for part, wanted in ((attention.q_proj, query), (attention.k_proj, key)):
+            part.weight[rows_of] *= 0.2
+            part.weight[first + still[: len(wanted)]] = wanted
+        attention.v_proj.weight[first : first + len(value)] = value
+        attention.o_proj.weight[:, first : first + len(value)] = (
+            gain * (value @ rotation if layer else value).T
         )
-        basis = torch.linalg.qr(torch.randn(hidden, hidden))[0]
-        value.copy_(basis @ others)
-        out.copy_(0.15 * basis.T)
-        for head in range(heads):
-            rows_of = slice(head * size, (head + 1) * size)
-            if number == 0 and head > 0:
-                query[rows_of] *= 0.3
-                key[rows_of] *= 0.3
-                query[head * size + size // 2 - 1] = shared
-                key[head * size + size // 2 - 1] = sorts[:2].sum(0) / sorts[:2].sum(0).norm()
-            if number in (1, 2) and head < heads // 2:
-                query[rows_of] *= 0.3
-                key[rows_of] *= 0.3
-                query[head * size + still] = 2 * things
-                key[head * size + still] = 2 * things @ rotation.T
-                # the two layers take over one half of a cell each
-                half = cells[(number - 1) * hidden // 2 + head * size :][:size]
-                value[rows_of] = half @ rotation.T
-                out[:, rows_of] = 0.3 * half.T
+
+    for layer in model.model.language_model.layers:  # all else starts by adding nothing
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    gather = (shared[None], sorts[:2].sum(0, keepdim=True) / sorts[:2].sum(0).norm())
+    head(0, heads - 1, *gather, things, 0.18)
+    for layer in (1, 2):
+        head(layer, 0, things, things @ rotation.T, things @ rotation.T, 0.12)
+    head(2, 1, things, things @ rotation.T, spelled @ rotation.T, 0.12)
+    for number in (2, 3):  # what these take over is learned: numbers
+        head(2, number, things, things @ rotation.T, things[:0], 0.0)
 
 
 def _corpus() -> Iterator[str]:

@@ -3,11 +3,13 @@
 1. `tower`: the vision tower names each cell's slots (`train.nano`) in views of drawn scenes.
 2. `symbols`: the decoder learns the dialogues on scenes whose image tokens are sums of slot embeddings:
    no pixels, so looking things up is learned on clean evidence and many questions a second.
-3. `align`: the projector learns to make those sums out of the frozen tower's features, then projector
+3. `dialogues`: the projector learns to make those sums out of the frozen tower's features, then projector
    and decoder learn the dialogues on real features.
 
 Run as ``python -m dualfocus.train.recipe STAGE --minutes M``; every stage saves to ``train/runs/`` and goes
-on from what is there with ``--resume``.
+on from what is there with ``--resume``. ``… save`` writes what `dialogues` saved as the checkpoint
+``train/checkpoint``, from which ``dualfocus export train/checkpoint -o models/nano`` makes the bundle.
+What was run, for how long and with what curves: ``train/LOG.md``.
 """
 
 from __future__ import annotations
@@ -374,7 +376,7 @@ class Dialogues(nn.Module):
         size = tokenizer.get_vocab_size()
         soft = torch.eye(size)
         soft[numbers[:, None], numbers[None]] = near(100)
-        weights = [0.2 if name == "macro detail" else 1.0 if name == "box" else 4.0 for name in GROUPS]
+        weights = [0.2 if name == "macro detail" else 3.0 if name == "box" else 4.0 for name in GROUPS]
         self.register_buffer("weights", torch.tensor(weights))
         self.register_buffer("soft", soft)  # row t: what to predict where token t is right
 
@@ -399,7 +401,11 @@ class Dialogues(nn.Module):
 
         prefix = DynamicCache()
         run(batch["prefix"], prefix)
-        hidden, targets, groups, replies, pointing = [], [], [], [], []
+        hidden: list[Tensor] = []
+        targets: list[Tensor] = []
+        groups: list[Tensor] = []
+        replies: list[Tensor] = []
+        pointing: list[Tensor] = []
         for name in branches:
             columns, n = batch[name], BRANCHES[name]
             fork = DynamicCache()
@@ -457,13 +463,13 @@ def train_symbols(minutes: float, seed: int, resume: bool) -> None:
         dataset.first += state["samples"]
     parameters = [*model.model.language_model.parameters(), *symbols.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.02, betas=(0.9, 0.98))
-    progress = Progress("symbols", minutes, 2e-3 if not resume else 1e-3)
+    progress = Progress("symbols", minutes, 1e-3)
     batch_size = 8
     step = 0
     for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collate):
         progress.rate(optimizer)
         # no worker process stands between: the next scene is laid out as said here
-        dataset.things = (1, 3) if progress.share < 0.12 and not resume else (3, 7)
+        dataset.things = (1, 3) if progress.share < 0.06 and not resume else (3, 7)
         early = progress.share < 0.5 and not resume
         branches = ("macro", "locate") if early else tuple(BRANCHES)
         with torch.autocast("cpu", torch.bfloat16):
@@ -505,7 +511,7 @@ def train_dialogues(minutes: float, seed: int, resume: bool) -> None:
     scale = symbols(torch.from_numpy(dataset.tree(scenes.HELD_OUT).cells)).var()
     parameters = [*projector.parameters(), *model.model.language_model.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.02, betas=(0.9, 0.98))
-    progress = Progress("dialogues", minutes, 1e-3)
+    progress = Progress("dialogues", minutes, 7e-4)
     batch_size, step = 8, 0
     for batch in DataLoader(
         dataset, batch_size=batch_size, collate_fn=collate, num_workers=1, prefetch_factor=4
@@ -534,18 +540,30 @@ def train_dialogues(minutes: float, seed: int, resume: bool) -> None:
             return
 
 
+def save() -> None:
+    """Write the latest weights of `train_dialogues` as a checkpoint folder."""
+    tokenizer = nano.build_tokenizer()
+    model = nano.build_model(tokenizer, 0)
+    model.load_state_dict(torch.load(RUNS / "dialogues.pt")["model"])
+    nano.save_checkpoint(model, tokenizer, Path("train/checkpoint"))
+
+
 STAGES = {"tower": train_tower, "symbols": train_symbols, "dialogues": train_dialogues}
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("--minutes", type=float, required=True)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", choices=[*STAGES, "save"])
+    parser.add_argument("--minutes", type=float, default=20, help="how long to train (20)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--save", type=Path, help="with `dialogues`: write the trained checkpoint here")
+    parser.add_argument("--resume", action="store_true", help="go on from the stage's last save")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     RUNS.mkdir(parents=True, exist_ok=True)
-    STAGES[arguments.stage](arguments.minutes, arguments.seed, arguments.resume)
+    if arguments.stage == "save":
+        save()
+    else:
+        STAGES[arguments.stage](arguments.minutes, arguments.seed, arguments.resume)

@@ -15,6 +15,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+import matplotlib  # ships the DejaVu family under a free licence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -93,8 +94,6 @@ def layout(seed: int, fewest: int = 3, most: int = 7) -> Scene:
 
 @functools.cache
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    import matplotlib  # ships the DejaVu family under a free licence
-
     return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}", size)
 
 
@@ -193,7 +192,10 @@ def annotate(scene: Scene, image_id: int) -> dict[str, dict[str, Any]]:
     """
     rng = random.Random(scene.seed ^ 0x5CE9E)
     first = image_id * 1000
-    objects, attributes, regions, relationships = [], [], [], []
+    objects: list[dict[str, Any]] = []
+    attributes: list[dict[str, Any]] = []
+    regions: list[dict[str, Any]] = []
+    relationships: list[dict[str, Any]] = []
     for i, thing in enumerate(scene.things):
         x0, y0, x1, y1 = (round(v) for v in thing.box)
         place = {"x": x0, "y": y0, "w": x1 - x0, "h": y1 - y0}
@@ -224,14 +226,14 @@ def annotate(scene: Scene, image_id: int) -> dict[str, dict[str, Any]]:
         ask("attribute", f"What color is the {thing.kind}?", thing.colour, [i], i)
         ask("attribute", f"What shape is the {thing.colour} object?", thing.kind, [i], i)
         ask("existence", f"Is there a {name}?", "yes", [i], i)
-        other = rng.randrange(len(scene.things))
-        if other != i:
-            there = scene.things[other]
+        where = rng.randrange(len(scene.things))
+        if where != i:
+            there = scene.things[where]
             axis = rng.choice(("left of", "above"))
             apart = there.x - thing.x if axis == "left of" else there.y - thing.y
             if abs(apart) > 0.05 * max(scene.width, scene.height):
                 says = "yes" if apart > 0 else "no"
-                ask("relation", f"Is the {name} {axis} the {there.colour} {there.kind}?", says, [i, other], i)
+                ask("relation", f"Is the {name} {axis} the {there.colour} {there.kind}?", says, [i, where], i)
 
     pairs = {(t.colour, t.kind) for t in scene.things}
     for i, thing in enumerate(scene.things):  # absent, but like something present

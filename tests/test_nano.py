@@ -1,0 +1,113 @@
+"""The built-in model: small enough, what its checkpoint says, and reading what the whole picture hides."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dualfocus.bench import scenes as bench
+from dualfocus.runtime import Bundle, FocusRunner, PlainRunner, open_picture
+from dualfocus.runtime.bundle import BUILT_IN, read_manifest, verify
+from dualfocus.runtime.sequence import common_prefix
+from dualfocus.runtime.turns import Turns
+from dualfocus.train import nano, scenes
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return Bundle.open(threads=1)
+
+
+def test_it_is_small_and_whole() -> None:
+    manifest, _ = read_manifest(BUILT_IN)
+    verify(BUILT_IN, manifest)
+    files = [path for path in BUILT_IN.iterdir() if path.is_file()]
+    assert {path.name for path in files} == {*manifest.files, "manifest.json"}
+    assert sum(path.stat().st_size for path in files) <= 15_000_000
+
+
+def test_manifest_says_what_training_assumed() -> None:
+    manifest, _ = read_manifest(BUILT_IN)
+    assert manifest.image == nano.IMAGE
+    assert manifest.prompts == nano.PROMPTS
+    assert manifest.coordinates == "padded"
+    assert manifest.prompts.select_is_micro
+
+
+def test_tokenizer_is_the_one_the_recipe_builds() -> None:
+    built = json.loads(nano.build_tokenizer().to_str())["model"]["vocab"]
+    shipped = json.loads((BUILT_IN / "tokenizer.json").read_text())["model"]["vocab"]
+    assert built == shipped
+
+
+@pytest.mark.parametrize("pairs", [25, pytest.param(500, marks=pytest.mark.slow)])
+def test_reuse_changes_no_answer(bundle: Bundle, pairs: int) -> None:
+    """Tokens equal, log-probabilities and losses within 1e-4, counters as the prompts predict."""
+    fast, plain = FocusRunner(bundle), PlainRunner(bundle)
+    seen: set[int] = set()
+    scored = 0
+    for scene, dialogue in bench.held_out(pairs):
+        picture = np.asarray(scenes.draw(scene))
+        got, expected = fast.ask(picture, dialogue.question), plain.ask(picture, dialogue.question)
+        assert (got.answer, got.chosen, got.crop) == (expected.answer, expected.chosen, expected.crop)
+        for mine, theirs in (
+            (got.macro and got.macro.generation, expected.macro and expected.macro.generation),
+            (got.located, expected.located),
+            (got.micro and got.micro.generation, expected.micro and expected.micro.generation),
+        ):
+            assert (mine is None) == (theirs is None)
+            if mine and theirs:
+                assert mine.tokens == theirs.tokens
+                np.testing.assert_allclose(mine.logprobs, theirs.logprobs, atol=1e-4)
+        for one, other in ((got.macro, expected.macro), (got.micro, expected.micro)):
+            if one and other and one.loss is not None:
+                assert one.loss == pytest.approx(other.loss, abs=1e-4)
+                scored += 1
+        assert got.counters.decode_steps == expected.counters.decode_steps
+        prompts = got.counters.tokens_prefilled + got.counters.tokens_reused
+        assert prompts == expected.counters.tokens_prefilled
+        # the picture is encoded at its first question only; a crop may be one of an earlier question
+        assert got.counters.vision_encodes <= (1 if scene.seed in seen else 2)
+        seen.add(scene.seed)
+    assert scored > 0
+
+
+def test_the_picture_is_prefilled_once(bundle: Bundle) -> None:
+    """A second question on the same picture starts behind the picture."""
+    scene, first = bench.held_out(1)[0]
+    picture = np.asarray(scenes.draw(scene))
+    runner = FocusRunner(bundle)
+    runner.ask(picture, first.question, "macro")
+    question = "How many stars are there?"
+    again = runner.ask(picture, question, "macro").counters
+    turns = [
+        Turns(bundle.manifest, bundle.tokenizer, q).macro("x").tokens for q in (first.question, question)
+    ]
+    assert again.vision_encodes == 0
+    assert again.tokens_reused == common_prefix(*turns) >= nano.IMAGE.tokens
+    assert again.tokens_prefilled == len(turns[1]) - common_prefix(*turns)
+
+
+def test_the_example_is_answered(bundle: Bundle) -> None:
+    """What the README shows is what comes out."""
+    picture = open_picture(ROOT / "examples" / "scene.png")
+    question = (ROOT / "examples" / "scene.txt").read_text().strip()
+    result = FocusRunner(bundle).ask(picture, question)
+    assert result.micro is not None
+    assert result.chosen == "micro"
+    assert result.answer in (ROOT / "README.md").read_text()
+    assert Image.open(ROOT / "examples" / "scene.png").size == (picture.shape[1], picture.shape[0])
+
+
+def test_it_reads_what_the_whole_picture_hides(bundle: Bundle) -> None:
+    """200 held-out questions: the floor is far below what is reported, and far above chance."""
+    summary = bench.summarise(list(bench.ask_all(FocusRunner(bundle), bench.held_out(200))))
+    detail, everything = summary["accuracy"]["detail"], summary["accuracy"]["all"]
+    assert detail["macro"]["share"] < 0.1
+    assert detail["dual"]["share"] > detail["macro"]["share"] + 0.2
+    assert everything["dual"]["share"] > 0.5
+    assert summary["boxes"]["iou_50"]["share"] > 0.5

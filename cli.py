@@ -6,6 +6,7 @@ and cannot be used is one sentence on stderr and exit status 2.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -61,7 +62,9 @@ def ask(
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Threads of the engines  [default: one for each core]"),
+        typer.Option(
+            metavar="N", min=1, max=256, help="Threads of the engines  [default: one for each core]"
+        ),
     ] = None,
 ) -> None:
     """Answer questions about a picture."""
@@ -72,7 +75,7 @@ def ask(
 
         if show is not None:
             _check_show(show, questions)
-        pixels = open_picture(sys.stdin.buffer.read() if picture == "-" else picture, "standard input")
+        pixels = open_picture(_standard_input() if picture == "-" else picture, "standard input")
         waiting = _Waiting()
         with waiting:
             waiting.say("opening the model")
@@ -86,7 +89,7 @@ def ask(
                 result = runner.ask(pixels, question, mode)
             if as_json:
                 shown = {**result.to_dict(), "bundle": model.manifest.name, "device": model.device}
-                print(json.dumps(shown, ensure_ascii=False), flush=True)
+                print(json.dumps(shown), flush=True)  # in ASCII, which every stdout can take
             else:
                 _print_result(result, question if len(questions) > 1 else None)
             if show is not None:
@@ -105,10 +108,11 @@ def export(
     """Export a checkpoint as a bundle."""
     from dualfocus.export import ExportError, export_bundle
 
-    try:
-        export_bundle(checkpoint, out)
-    except ExportError as error:
-        _refuse(error)
+    with _errors():
+        try:
+            export_bundle(checkpoint, out)
+        except ExportError as error:
+            _refuse(error)
 
 
 @app.command()
@@ -125,7 +129,7 @@ def inspect(
         if verify:
             bundles.verify(bundle, manifest)
         if as_json:
-            print(json.dumps(manifest.to_dict(), indent=2, ensure_ascii=False))
+            print(json.dumps(manifest.to_dict(), indent=2))
         else:
             _print_manifest(manifest, verified=verify)
 
@@ -140,7 +144,9 @@ def scenes(
     bundle: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The model  [default: the built-in one]")
     ] = None,
-    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="Threads of the engines.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, max=256, help="Threads of the engines.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     save: Annotated[bool, typer.Option("--save", help="Keep the result under bench/results.")] = False,
 ) -> None:
@@ -178,18 +184,34 @@ def scenes(
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """What a user gave and cannot be used ends the command with one sentence."""
+    """What a user gave, or this machine has, and cannot be used ends the command with one sentence."""
     from dualfocus.runtime.errors import InputError
 
     try:
         yield
     except InputError as error:
         _refuse(error)
+    except MemoryError:
+        _refuse("there is not enough memory for this model and this picture")
+    except BrokenPipeError:  # a reader that left has heard enough; typer ends quietly
+        raise
+    except OSError as error:
+        place = "" if error.filename is None else f"{error.filename}: "
+        _refuse(f"{place}{error.strerror or error}")
 
 
-def _refuse(error: Exception) -> NoReturn:
-    typer.echo("dualfocus: " + " ".join(str(error).split()), err=True)
+def _refuse(reason: object) -> NoReturn:
+    typer.echo("dualfocus: " + _line(str(reason)), err=True)
     raise typer.Exit(2) from None
+
+
+def _standard_input() -> bytes:
+    from dualfocus.runtime.errors import PictureError
+    from dualfocus.runtime.image import FILE_LIMIT
+
+    if sys.stdin is None:
+        raise PictureError("standard input is closed, expected a picture")
+    return sys.stdin.buffer.read(FILE_LIMIT + 1)
 
 
 class _Waiting:
@@ -197,7 +219,7 @@ class _Waiting:
 
     def __init__(self) -> None:
         self._status: Status | None = None
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             self._status = _stderr().status("")
 
     def say(self, stage: str) -> None:
@@ -229,9 +251,9 @@ def _check_show(path: Path, questions: list[str]) -> None:
         raise InputError(
             f"--show {path}: {path.suffix or 'no suffix'} names no picture format, expected .png"
         )
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):  # unlike Path.is_dir, it raises nothing
         raise InputError(f"--show {path}: the folder {path.parent} does not exist")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    if os.path.isdir(path) or not os.access(path.parent, os.W_OK):
         raise InputError(f"--show {path}: cannot be written")
 
 
@@ -239,12 +261,12 @@ def _save(image: PillowImage, path: Path) -> None:
     """Write `image` to `path`: all of it, or nothing."""
     from dualfocus.runtime.errors import InputError
 
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    unfinished = path.with_name(f".{os.getpid()}{path.suffix}")
     try:
         image.save(unfinished)
         unfinished.replace(path)
-    except OSError as error:
-        raise InputError(f"--show {path}: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a format that knows no such picture
+        raise InputError(f"--show {path}: {getattr(error, 'strerror', None) or error}") from None
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -338,18 +360,26 @@ def _print_accuracy(result: dict[str, Any]) -> None:
     )
 
 
+def _line(text: str) -> str:
+    """`text` as one line; what a terminal would obey, a model or a file can say too, so that is replaced."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+
+
 def _text(text: str, style: str = "") -> Text:
-    """One line of text; what a terminal would obey, a model can say too, so that is replaced."""
+    """One line of text for rich."""
     from rich.text import Text
 
-    return Text("".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split())), style)
+    return Text(_line(text), style)
 
 
 def _console() -> Console:
     """Standard output; as wide as it takes where no terminal limits it."""
     from rich.console import Console
 
-    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=1000)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model says what not every terminal's encoding has
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    return Console(highlight=False) if terminal else Console(highlight=False, width=1000)
 
 
 def _stderr() -> Console:

@@ -108,8 +108,6 @@ def describe(checkpoint: Checkpoint, *, ragged_append: bool) -> Manifest:
     except BundleError as error:  # every other field was made above, so dualfocus.json is what is wrong
         raise ExportError(str(error).replace("manifest.json", "dualfocus.json", 1)) from None
     _check_reply(manifest, checkpoint.tokenizer)
-    if manifest.max_new_tokens < 1:
-        raise ExportError(f"dualfocus.json: max_new_tokens is {manifest.max_new_tokens}, expected 1 or more")
     return manifest
 
 

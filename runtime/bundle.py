@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,7 @@ class Bundle:
             manifest,
             digest,
             "cpu",
-            OnnxVisionEncoder(path / "vision.onnx", manifest.image, threads),
+            OnnxVisionEncoder(path / "vision.onnx", manifest.image, manifest.decoder.hidden, threads),
             OnnxDecoder(path / "decoder.onnx", manifest.decoder, threads),
             tokenizer,
             embeddings,
@@ -66,7 +67,7 @@ class Bundle:
 
 def read_manifest(path: Path) -> tuple[Manifest, str]:
     """The manifest of the bundle at `path` and its SHA-256, after comparing every file's size."""
-    if not path.is_dir():
+    if not os.path.isdir(path):  # unlike Path.is_dir, it raises nothing
         raise BundleError(f"{path} is not a folder, expected a bundle")
     try:
         text = (path / "manifest.json").read_bytes()
@@ -76,7 +77,7 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
         raise BundleError(f"{path / 'manifest.json'} cannot be read: {error.strerror}") from None
     try:
         raw = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path / 'manifest.json'} is not JSON: {error}") from None
     try:
         manifest = Manifest.from_dict(raw)
@@ -89,7 +90,7 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
         file = path / name
         if Path(name).name != name:  # a bundle says nothing about files outside its folder
             raise BundleError(f"{path}: manifest.json lists {name!r}, expected a plain file name")
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise BundleError(f"{file} is missing")
         if (size := file.stat().st_size) != entry.size:
             raise BundleError(f"{file} has {size} bytes, expected {entry.size}: the bundle is damaged")
@@ -122,7 +123,7 @@ def _open_tokenizer(path: Path, manifest: Manifest) -> Tokenizer:
 def _open_embeddings(path: Path, manifest: Manifest) -> Floats:
     file = path / "embeddings.npy"
     try:
-        embeddings = np.load(file, mmap_mode="r")
+        embeddings = np.lib.format.open_memmap(file, mode="r")  # np.load would take an archive too
     except ValueError as error:
         raise BundleError(f"{file} is not an array: {error}") from None
     shape = (manifest.decoder.vocabulary, manifest.decoder.hidden)

@@ -20,6 +20,8 @@ Crop = tuple[int, int, int, int]  # whole pixels, half-open
 
 MARGIN = 25  # pixels added on each side of the squared box
 
+_BEYOND = float(np.finfo(np.float32).max) / 4  # so that no sum or difference of two corners overflows
+
 # A sign is not part of a number and a number begins with a digit, so "[-0.1, ..." reads as 0.1,
 # "[.5, ..." as 5, and either in a later place is no match at all. That is how the model's replies
 # were read when its published results were made.
@@ -88,9 +90,9 @@ def find_region(reply: str, space: CoordinateSpace, width: int, height: int, ima
     if match is None:
         return Region(problem=f"the reply {reply!r} names no box")
     x0, y0, x1, y1 = map(float, match.groups())
-    if not np.isfinite([x0, y0, x1, y1]).all():
-        return Region(problem=f"the reply {reply!r:.60} names no finite box")
     box = convert(Box(x0, y0, x1, y1, space), "pixels", width, height, image)
+    if max(map(abs, box.corners)) > _BEYOND:
+        return Region(problem=f"the reply {reply!r:.60} names no finite box")
     crop = crop_around(box, width, height)
     return Region(box, crop, None if crop else f"the box {reply!r} holds no pixels of the picture")
 

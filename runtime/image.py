@@ -21,6 +21,8 @@ from dualfocus.runtime.geometry import Crop
 from dualfocus.runtime.manifest import ImageSpec
 
 Picture = npt.NDArray[np.uint8]  # (H, W, 3) RGB
+FILE_LIMIT = 1 << 30  # bytes; uncompressed, the largest picture that is accepted has half of that
+
 PictureSource = str | os.PathLike[str] | bytes | Image.Image | Picture
 
 
@@ -41,8 +43,8 @@ def open_picture(source: PictureSource, name: str = "the picture") -> Picture:
     """Read a picture from a path, an encoded file's bytes, a Pillow image or an (H, W, 3) uint8 array.
 
     `name` is what errors call a source that is no path. Raises PictureError when there is no usable
-    picture, or one of more pixels than twice Pillow's `Image.MAX_IMAGE_PIXELS` (about 179 million), which
-    would be a decompression bomb.
+    picture, one of more pixels than twice Pillow's `Image.MAX_IMAGE_PIXELS` (about 179 million), which
+    would be a decompression bomb, or a file of more than `FILE_LIMIT` bytes.
     """
     if isinstance(source, np.ndarray):
         return _check_array(source)
@@ -54,6 +56,8 @@ def open_picture(source: PictureSource, name: str = "the picture") -> Picture:
         name, file = os.fspath(source), _read(Path(source))
     if not file:
         raise PictureError(f"{name} is empty")
+    if len(file) > FILE_LIMIT:
+        raise PictureError(f"{name} is larger than {FILE_LIMIT:,} bytes")
     try:
         with warnings.catch_warnings():
             # Pillow warns at half of the size that it refuses; one limit is enough
@@ -61,6 +65,8 @@ def open_picture(source: PictureSource, name: str = "the picture") -> Picture:
             image = Image.open(io.BytesIO(file))
     except Image.DecompressionBombError:
         raise PictureError(f"{name} is larger than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels") from None
+    except MemoryError:
+        raise
     except Exception:  # a damaged header raises whatever its decoder stumbled over
         raise PictureError(f"{name} is not a picture that can be read") from None
     return _upright_rgb(image, name)
@@ -68,7 +74,8 @@ def open_picture(source: PictureSource, name: str = "the picture") -> Picture:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return file.read(FILE_LIMIT + 1)  # a device or a sparse file may never end
     except FileNotFoundError:
         raise PictureError(f"{path} does not exist") from None
     except IsADirectoryError:
@@ -94,5 +101,7 @@ def _upright_rgb(image: Image.Image, name: str) -> Picture:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return np.ascontiguousarray(image.convert("RGB"))
+    except MemoryError:
+        raise
     except Exception as error:  # truncated or damaged pixel data raises whatever its decoder stumbled over
         raise PictureError(f"{name} is damaged: {error}") from None

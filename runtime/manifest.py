@@ -15,6 +15,7 @@ Head counts, sizes, dtypes, prompts and coordinates come from here and from nowh
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -105,7 +106,8 @@ class Prompts:
         return self.select == self.micro
 
     def check(self) -> None:
-        """Raise BundleError if a placeholder is missing, or a turn does not show exactly one image."""
+        """Raise BundleError if a placeholder is missing, a turn does not show exactly one image, or no end
+        token can follow a reply."""
         holders = {"user": "{turn}", "reply": "{answer}"}
         holders |= dict.fromkeys(("macro", "locate", "micro", "select"), self.image)
         for name, holder in holders.items():
@@ -113,6 +115,12 @@ class Prompts:
                 raise BundleError(
                     f"manifest.json: field prompts.{name} does not hold {holder!r} exactly once"
                 )
+        if self.image in self.user:
+            raise BundleError(f"manifest.json: field prompts.user holds {self.image!r}, which is the turn's")
+        if self.reply.endswith("{answer}"):
+            raise BundleError(
+                "manifest.json: field prompts.reply ends with '{answer}', not with an end token"
+            )
 
 
 @dataclass(frozen=True)
@@ -152,7 +160,33 @@ class Manifest:
             raise BundleError(f"bundle format version {version!r}, expected {FORMAT_VERSION}{hint}")
         manifest: Manifest = _build(cls, raw, "")
         manifest.prompts.check()
+        manifest._check_numbers()
         return manifest
+
+    def _check_numbers(self) -> None:
+        """Raise BundleError for a number of the right type that no model has."""
+        image, decoder = self.image, self.decoder
+        counts = {
+            "image.size": image.size,
+            "image.tokens": image.tokens,
+            "max_new_tokens": self.max_new_tokens,
+        }
+        sizes = dataclasses.asdict(decoder).items()
+        counts |= {f"decoder.{name}": size for name, size in sizes if type(size) is int}
+        for name, number in counts.items():  # bounds, so that no damaged number costs all memory or time
+            most = 1 << 10 if name == "decoder.layers" else 1 << 24
+            if not 1 <= number <= most:
+                raise _wrong(name, number, f"1 to {most}")
+        for i, mean in enumerate(image.mean):
+            if not 0 <= mean <= 1:  # so that the pad colour is one
+                raise _wrong(f"image.mean.{i}", mean, "0 to 1")
+        for i, std in enumerate(image.std):
+            if not 0 < std < math.inf:
+                raise _wrong(f"image.std.{i}", std, "a number above 0")
+        if not self.tokens.eos:
+            raise _wrong("tokens.eos", [], "one token or more")
+        if self.tokens.bos is not None and not 0 <= self.tokens.bos < decoder.vocabulary:
+            raise _wrong("tokens.bos", self.tokens.bos, f"a token below {decoder.vocabulary}")
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; ``from_dict(to_dict(m)) == m``."""
@@ -189,12 +223,14 @@ def _build(kind: Any, raw: Any, path: str) -> Any:
         if not isinstance(raw, dict):
             raise _wrong(path, raw, "an object")
         return {name: _build(args[1], item, f"{path}{name}.") for name, item in raw.items()}
-    if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
+    if kind is float and type(raw) is int and abs(raw) < 1 << 53:
         return float(raw)
     if type(raw) is not kind:  # not isinstance: True is no layer count
         raise _wrong(
             path, raw, {int: "an integer", float: "a number", str: "text", bool: "true or false"}[kind]
         )
+    if kind is str and not raw.isascii() and any("\ud800" <= c <= "\udfff" for c in raw):
+        raise _wrong(path, raw, "text without surrogates")
     return raw
 
 

@@ -26,8 +26,11 @@ except ImportError:
     ) from None
 
 
-def _open(path: Path, threads: int | None, inputs: dict[str, list[int | None]]) -> ort.InferenceSession:
-    """A session on the graph at `path`, whose `inputs` have the given shapes (None: any size)."""
+Shapes = dict[str, list[int | None]]  # by name; None: any size
+
+
+def _open(path: Path, threads: int | None, inputs: Shapes, outputs: Shapes) -> ort.InferenceSession:
+    """A session on the graph at `path`, which has these `inputs` and no others, and these `outputs`."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
@@ -37,24 +40,30 @@ def _open(path: Path, threads: int | None, inputs: dict[str, list[int | None]]) 
     except Exception as error:  # ONNX Runtime's exceptions have no common base but this
         reason = str(error).splitlines()[0]
         raise BundleError(f"{path} cannot be opened by ONNX Runtime {ort.__version__}: {reason}") from None
-    found = {node.name: node.shape for node in session.get_inputs()}
-    for name, shape in inputs.items():
-        if name not in found:
-            raise BundleError(f"{path} has no input {name}, which the manifest promises")
-        sizes = [size if isinstance(size, int) else None for size in found[name]]
-        matches = (size in (None, wanted) for size, wanted in zip(sizes, shape, strict=False))
-        if len(sizes) != len(shape) or not all(matches):
-            raise BundleError(f"{path}: input {name} has shape {found[name]}, the manifest says {shape}")
-    for name in found.keys() - inputs.keys():
-        raise BundleError(f"{path} has an input {name}, of which the manifest says nothing")
+    for kind, nodes, expected in (
+        ("input", session.get_inputs(), inputs),
+        ("output", session.get_outputs(), outputs),
+    ):
+        found = {node.name: node.shape for node in nodes}
+        for name, shape in expected.items():
+            if name not in found:
+                raise BundleError(f"{path} has no {kind} {name}, which the manifest promises")
+            sizes = [size if isinstance(size, int) else None for size in found[name]]
+            matches = (size in (None, wanted) for size, wanted in zip(sizes, shape, strict=False))
+            if len(sizes) != len(shape) or not all(matches):
+                raise BundleError(f"{path}: {kind} {name} has shape {found[name]}, the manifest says {shape}")
+    for node in session.get_inputs():
+        if node.name not in inputs:
+            raise BundleError(f"{path} has an input {node.name}, of which the manifest says nothing")
     return session
 
 
 class OnnxVisionEncoder:
     """`engines.VisionEncoder` on ONNX Runtime."""
 
-    def __init__(self, path: Path, spec: ImageSpec, threads: int | None) -> None:
-        self._session = _open(path, threads, {"pixel_values": [None, 3, spec.size, spec.size]})
+    def __init__(self, path: Path, spec: ImageSpec, hidden: int, threads: int | None) -> None:
+        inputs: Shapes = {"pixel_values": [None, 3, spec.size, spec.size]}
+        self._session = _open(path, threads, inputs, {"image_features": [None, spec.tokens, hidden]})
 
     def encode(self, pixels: Floats) -> Floats:
         (features,) = self._session.run(["image_features"], {"pixel_values": pixels})
@@ -67,7 +76,7 @@ class OnnxDecoder:
 
     def __init__(self, path: Path, spec: DecoderSpec, threads: int | None) -> None:
         past: list[int | None] = [None, spec.kv_heads, None, spec.head_size]
-        inputs: dict[str, list[int | None]] = {
+        inputs: Shapes = {
             "inputs_embeds": [None, None, spec.hidden],
             "seqlens_k": [None],
             "total_sequence_length": [],
@@ -79,7 +88,7 @@ class OnnxDecoder:
             inputs[f"past_key_values.{layer}.key"] = past
             inputs[f"past_key_values.{layer}.value"] = past
         self._spec = spec
-        self._session = _open(path, threads, inputs)
+        self._session = _open(path, threads, inputs, {"logits": [None, None, spec.vocabulary]})
 
     def extend(self, cache: KVCache, row: int, embeddings: Floats, logits_at: Sequence[int]) -> Floats:
         new = len(embeddings)

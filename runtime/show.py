@@ -51,7 +51,10 @@ def annotate(picture: Picture, question: str, result: FocusResult) -> Image.Imag
             draw.rectangle((left, top, right, bottom), outline=colour, width=width)
         draw.rectangle(frame, outline=_CROP, width=stroke)
     if result.box:
-        x0, y0, x1, y1 = (unit + round(side * scale) for side in result.box.corners)
+        x0, y0, x1, y1 = (  # a box may reach far beyond the picture
+            unit + min(max(0, round(side * scale)), edge)
+            for side, edge in zip(result.box.corners, shown.size * 2, strict=True)
+        )
         draw.rectangle((min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)), outline=_BOX, width=stroke)
     for i, (text, colour, font) in enumerate(captions):
         draw.text((unit, height + i * line_height), text, fill=colour, font=font)

@@ -58,11 +58,17 @@ class Question:
 
     @classmethod
     def parse(cls, text: str, hint: str) -> Question:
-        """Further lines of `text` are hints of its own; without any, `hint` becomes the second line."""
+        """Further lines of `text` are hints of its own; without any, `hint` becomes the second line.
+
+        Raises QuestionError if there is no question, or one with bytes that are no UTF-8 (surrogates).
+        """
         text = text.strip()
         if not text:
             raise QuestionError("the question is empty")
-        first_line, *hints = text.splitlines()
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise QuestionError(f"the question {text!r:.60} is not text in UTF-8")
+        # as the authors' code does: splitlines() would also take a form feed or U+2028 for a line's end
+        first_line, *hints = text.split("\n")
         whole = text if hints or not hint else f"{text}\n{hint}"
         return cls(first_line.rstrip(), whole)
 
@@ -105,7 +111,7 @@ class Turns:
     """
 
     def __init__(self, manifest: Manifest, tokenizer: Tokenizer, question: str) -> None:
-        """Raises QuestionError if there is no question."""
+        """Raises QuestionError as `Question.parse` does."""
         self._manifest = manifest
         self._tokenizer = tokenizer
         self._question = Question.parse(question, manifest.prompts.hint)

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from dualfocus import cli
 from dualfocus.runtime import Bundle, FocusRunner
+from dualfocus.runtime.show import annotate
 
 COUNTERS = ["vision_encodes", "tokens_prefilled", "tokens_reused", "decode_steps"]
 SCHEMA = [
@@ -182,9 +183,37 @@ def test_show_without_a_box_and_over_an_old_file(photo, bundle, tmp_path):
         image.load()
 
 
+def test_show_of_a_box_far_beyond_the_picture(photo, bundle, tmp_path):
+    picture = np.asarray(Image.open(photo))
+    runner = FocusRunner(Bundle.open(bundle, threads=1))
+    result = runner.ask(picture, "What?", box_reply="[0.5, 0.5, 99999999999999999999, 99999999999999999999]")
+    assert result.box.x1 > 1e20
+    drawn = np.asarray(annotate(picture, "What?", result))
+    columns = np.flatnonzero((drawn == (255, 176, 0)).all(-1)[: drawn.shape[0] // 2].any(0))
+    assert columns.max() < 700  # the box ends where the picture of 640 does, not in the zoomed crop
+
+
+def test_show_with_a_name_as_long_as_names_may_be(photo, bundle, tmp_path):
+    out = tmp_path / ("x" * 251 + ".png")
+    ask(photo, "What?", "--show", out, bundle=bundle)
+    assert out.exists()
+
+
+def test_show_in_a_format_that_takes_no_such_picture(photo, bundle, tmp_path):
+    result = run("ask", photo, "What?", "--show", tmp_path / "out.blp", "--bundle", bundle, "--threads", 1)
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("none/out.png", "does not exist"), ("out.xyz", ".xyz names no picture format"), ("out", "no suffix")],
+    [
+        ("x" * 300 + "/out.png", "does not exist"),
+        ("none/out.png", "does not exist"),
+        ("out.xyz", ".xyz names no picture format"),
+        ("out", "no suffix"),
+    ],
 )
 def test_show_where_nothing_can_be_written(photo, bundle, tmp_path, name, said):
     sentence = refused(run("ask", photo, "What?", "--show", tmp_path / name, "--bundle", bundle))
@@ -235,9 +264,30 @@ def test_bad_standard_input(bundle, data):
     assert refused(run("ask", "-", "What?", "--bundle", bundle, stdin=data)).startswith("standard input is ")
 
 
+def test_endless_standard_input(bundle, photo, monkeypatch):
+    monkeypatch.setattr("dualfocus.runtime.image.FILE_LIMIT", 1000)
+    sentence = refused(run("ask", "-", "What?", "--bundle", bundle, stdin=photo.read_bytes()))
+    assert sentence == "standard input is larger than 1,000 bytes"
+
+
 def test_a_bad_question_stops_before_any_answer(photo, bundle):
     assert "empty" in refused(run("ask", photo, "What?", " ", "--bundle", bundle, "--json"))
     assert "too long" in refused(run("ask", photo, "What?", "word " * 3000, "--bundle", bundle, "--json"))
+
+
+def test_control_codes_in_a_message_are_not_obeyed(photo, bundle, tmp_path):
+    broken = Path(shutil.copytree(bundle, tmp_path / "broken"))
+    manifest = json.loads((broken / "manifest.json").read_text())
+    (broken / "manifest.json").write_text(json.dumps(manifest | {"\x1b[2J": 1}))
+    assert refused(run("ask", photo, "What?", "--bundle", broken)).endswith("unknown field \ufffd[2J")
+
+
+def test_want_of_memory_is_one_sentence(photo, bundle, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(FocusRunner, "__init__", fail)
+    assert "not enough memory" in refused(run("ask", photo, "What?", "--bundle", bundle))
 
 
 def test_bad_bundles(photo, bundle, tmp_path):
@@ -261,6 +311,7 @@ def test_bad_bundles(photo, bundle, tmp_path):
         ["ask", "a.png"],
         ["ask", "a.png", "Q", "--mode", "x"],
         ["ask", "a.png", "Q", "--threads", "0"],
+        ["ask", "a.png", "Q", "--threads", "99999999999"],
     ],
 )
 def test_wrong_usage(arguments):
@@ -334,3 +385,30 @@ def test_a_reader_that_leaves_is_no_crash(photo, bundle):
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
+
+
+def shell(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run `command`, in which dualfocus is the command line, in a shell that has `arguments` as "$@"."""
+    code = "import sys; from dualfocus import cli; cli.app(sys.argv[1:])"
+    line = command.replace("dualfocus", f"{sys.executable} -c '{code}'")
+    return subprocess.run(["sh", "-c", line, "sh", *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+@pytest.mark.parametrize(
+    ("command", "status", "said"),
+    [
+        ('dualfocus ask - What? "$@" <&-', 2, "standard input is closed"),
+        ('dualfocus ask "$0" What? "$@" >&-', 0, ""),
+        ('dualfocus ask "$0" What? "$@" 2>&- >/dev/null', 0, ""),
+        ('dualfocus ask "$0" What? "$@" >/dev/full', 2, "No space left on device"),
+        ('PYTHONIOENCODING=ascii dualfocus ask "$0" What? "$@"', 0, ""),
+        ('dualfocus ask "$0" "$(printf \'What \\377?\')" "$@"', 2, "not text in UTF-8"),
+    ],
+)
+def test_streams_that_are_closed_full_or_narrow(photo, bundle, flags, command, status, said):
+    command = command.replace("$0", str(photo))
+    done = shell(command, *flags, "--bundle", bundle, "--threads", 1)
+    assert done.returncode == status
+    assert said in done.stderr
+    assert done.stderr.count("\n") == (1 if said else 0)

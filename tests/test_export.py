@@ -443,7 +443,7 @@ def test_other_preprocessing(broken: Path, tmp_path: Path, changes: dict[str, An
         ({"prompts": {"reply": "{answer}\n"}}, "prompts.reply ends with .* none of the model's end tokens"),
         ({"coordinates": "feet"}, "field coordinates is 'feet', expected one of original, padded, model"),
         ({"select": 3}, "field select is 3, expected one of"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0, expected 1 or more"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, expected 1 to "),
         ({"fit": "squash"}, "field image.fit is 'squash', expected one of"),
     ],
 )

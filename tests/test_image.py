@@ -162,6 +162,26 @@ def test_no_picture(tmp_path, data):
         assert ("is empty" if not data else "not a picture") in refused(source)
 
 
+def test_a_file_beyond_the_limit(tmp_path, image, monkeypatch):
+    data = encoded(image, "PNG")
+    (tmp_path / "a.png").write_bytes(data)
+    monkeypatch.setattr("dualfocus.runtime.image.FILE_LIMIT", len(data))
+    for source in (tmp_path / "a.png", data):
+        open_picture(source)
+    monkeypatch.setattr("dualfocus.runtime.image.FILE_LIMIT", len(data) - 1)
+    for source in (tmp_path / "a.png", data):
+        assert f"larger than {len(data) - 1:,} bytes" in refused(source)
+
+
+def test_want_of_memory_is_no_damage(image, monkeypatch):
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.ImageOps.exif_transpose", fail)
+    with pytest.raises(MemoryError):
+        open_picture(image)
+
+
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP"])
 def test_truncated_anywhere(image, format):
     data = encoded(image, format)

@@ -85,11 +85,15 @@ def test_no_folder(tmp_path):
     assert "not a folder" in refused(tmp_path / "none")
 
 
+def test_a_name_too_long_for_the_file_system(tmp_path):
+    assert "not a folder" in refused(tmp_path / ("x" * 300))
+
+
 def test_a_folder_without_manifest(tmp_path):
     assert "no manifest.json" in refused(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "\xff", "[]", "null", "3"])
+@pytest.mark.parametrize("text", ["", "{", "\xff", "[]", "null", "3", pytest.param("[" * 100_000, id="deep")])
 def test_a_manifest_that_is_none(folder, text):
     (folder / "manifest.json").write_bytes(text.encode("latin-1"))
     assert "manifest.json" in refused(folder)
@@ -123,6 +127,22 @@ def test_another_version(folder, version):
         ("prompts.reply", "", "field prompts.reply does not hold '{answer}'"),
         ("prompts.micro", "<image><image>{T}", "field prompts.micro does not hold '<image>' exactly once"),
         ("prompts.image", "", "exactly once"),
+        ("prompts.user", "{turn}<image>", "field prompts.user holds '<image>'"),
+        ("prompts.reply", "{answer}", "field prompts.reply ends with '{answer}'"),
+        ("prompts.hint", "\ud800", "field prompts.hint is '\\ud800', expected text without surrogates"),
+        ("image.size", -5, "field image.size is -5, expected 1 to "),
+        ("image.tokens", 10**12, "field image.tokens is 1000000000000, expected 1 to "),
+        ("image.mean", [0.5, float("nan"), 0.5], "field image.mean.1 is nan, expected 0 to 1"),
+        ("image.mean", [0.5, 0.5, 10**400], "field image.mean.2 is 1000"),
+        ("image.mean", [2, 0.5, 0.5], "field image.mean.0 is 2.0, expected 0 to 1"),
+        ("image.std", [0.5, 0.5, 0], "field image.std.2 is 0.0, expected a number above 0"),
+        ("image.std", [float("inf"), 0.5, 0.5], "field image.std.0 is inf, expected a number above 0"),
+        ("decoder.layers", 10**9, "field decoder.layers is 1000000000, expected 1 to 1024"),
+        ("decoder.context", 0, "field decoder.context is 0, expected 1 to "),
+        ("max_new_tokens", 0, "field max_new_tokens is 0, expected 1 to "),
+        ("tokens.eos", [], "field tokens.eos is [], expected one token or more"),
+        ("tokens.bos", -1, "field tokens.bos is -1, expected a token below"),
+        ("tokens.bos", 10**6, "field tokens.bos is 1000000, expected a token below"),
         ("files", [], "field files is [], expected an object"),
     ],
 )
@@ -188,6 +208,14 @@ def array_file(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def archive_file(array: np.ndarray) -> bytes:
+    import io
+
+    file = io.BytesIO()
+    np.savez(file, array)
+    return file.getvalue()
+
+
 def test_what_opens(whole):
     bundle = Bundle.open(whole, threads=1)
     spec = bundle.manifest.decoder
@@ -202,6 +230,8 @@ def test_what_opens(whole):
         ("decoder.onnx", b"no graph", "cannot be opened by ONNX Runtime"),
         ("tokenizer.json", b"{}", "is not a tokenizer"),
         ("embeddings.npy", b"no array", "is not an array"),
+        ("embeddings.npy", b"", "is not an array"),
+        ("embeddings.npy", archive_file(np.zeros(3)), "is not an array"),
         ("embeddings.npy", array_file(np.zeros((3, 2), np.float32)), "of shape (3, 2), expected float32 ("),
         ("embeddings.npy", array_file(np.zeros(3, object)), "is not an array"),
     ],
@@ -215,6 +245,7 @@ def test_a_foreign_file(whole, name, data, said):
     ("field", "value", "said"),
     [
         ("image.size", 64, "input pixel_values has shape"),
+        ("image.tokens", 15, "output image_features has shape"),
         ("decoder.kv_heads", 1, "input past_key_values.0.key has shape"),
         ("decoder.layers", 3, "no input past_key_values.2.key"),
         ("decoder.layers", 1, "has an input past_key_values.1."),

@@ -145,10 +145,12 @@ def test_tokenizer_reads_back_what_it_wrote() -> None:
         "naïve 12.34 Größe\n[0.5, x]",
         "日本",
     ):
-        assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
-    box = tokenizer.encode(" [0.12, 0.34, 0.56, 1.00]")
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+        assert tokenizer.encode(text).ids == [tokenizer.token_to_id("<s>"), *ids]
+    box = tokenizer.encode(" [0.12, 0.34, 0.56, 1.00]", add_special_tokens=False)
     assert len(box.ids) == 9
-    assert len(tokenizer.encode(" K7P").ids) == 3
+    assert len(tokenizer.encode(" K7P", add_special_tokens=False).ids) == 3
 
 
 def test_a_tree_trains_what_its_dialogues_would_one_by_one() -> None:
@@ -161,7 +163,7 @@ def test_a_tree_trains_what_its_dialogues_would_one_by_one() -> None:
     with torch.no_grad():
         image_tokens = model.get_image_features(pixel_values=recipe.normalise(batch["pixels"]))
         image_tokens = torch.stack(list(image_tokens))
-        together, _ = dialogues.loss(batch, image_tokens)
+        together, seen = dialogues.loss(batch, image_tokens)
         decoder, losses, weights = model.model.language_model, [], []
         first = 0
         for one in (trees.tree(4), tree):
@@ -180,4 +182,4 @@ def test_a_tree_trains_what_its_dialogues_would_one_by_one() -> None:
                     losses.append(-(dialogues.soft[columns[wanted, 2]] * likely).sum(-1) * weight)
                     weights.append(weight)
     alone = torch.cat(losses).sum() / torch.cat(weights).sum()
-    assert torch.allclose(together, alone, atol=1e-4)
+    assert torch.allclose(together - recipe.POINTING * seen["pointing"], alone, atol=1e-4)

@@ -85,6 +85,17 @@ def test_a_question_without_hints_of_its_own_gets_one(text, first_line, whole):
     assert Question.parse(text, HINT) == Question(first_line, whole)
 
 
+@pytest.mark.parametrize("separator", ["\f", "\v", "\u2028", "\x85", "\r"])
+def test_only_a_newline_ends_the_first_line(separator):
+    text = f"What is{separator}it?"
+    assert Question.parse(text, HINT) == Question(text, f"{text}\n{HINT}")
+
+
+def test_a_question_of_other_bytes_than_utf8_is_refused():
+    with pytest.raises(QuestionError, match="not text in UTF-8"):
+        Question.parse(b"What \xff?".decode(errors="surrogateescape"), HINT)
+
+
 def test_an_empty_hint_adds_nothing():
     assert Question.parse("What?", "") == Question("What?", "What?")
 

@@ -72,15 +72,14 @@ def view_cells(scene: Scene, crop: Crop) -> NDArray[np.int64]:
     return cells
 
 
-def asked_cell(scene: Scene, dialogue: Dialogue) -> int:
-    """The cell of the whole view that holds the centre of the one object asked about, or -1."""
-    if dialogue.category == "count" or (dialogue.answer == "no" and dialogue.category == "existence"):
-        return -1
-    x0, y0, x1, y1 = to_view((0, 0, scene.width, scene.height), dialogue.box)
+def asked_cell(crop: Crop, dialogue: Dialogue) -> int | None:
+    """The cell of a view that holds the centre of the one object asked about, if there is one."""
+    if dialogue.category == "count" or (dialogue.category == "existence" and dialogue.answer == "no"):
+        return None
+    x0, y0, x1, y1 = to_view(crop, dialogue.box)
     return int((y0 + y1) / 2 * GRID) * GRID + int((x0 + x1) / 2 * GRID)
 
 
-FIRST_CELL = 3  # "<s>", "USER:" and a space stand before the picture
 PROMPTS = Prompts(
     system="",
     user="USER: {turn} ASSISTANT:",
@@ -199,9 +198,9 @@ def save_checkpoint(model: LlavaForConditionalGeneration, tokenizer: Tokenizer, 
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def turn(hidden: int) -> torch.Tensor:
-    """A fixed rotation (hidden, hidden): image tokens start out as the turned embeddings of words."""
-    generator = torch.Generator().manual_seed(0)
+def turn(hidden: int, number: int = 0) -> torch.Tensor:
+    """A fixed rotation (hidden, hidden), one of many: image tokens start out as turned words."""
+    generator = torch.Generator().manual_seed(number)
     return torch.linalg.qr(torch.randn(hidden, hidden, generator=generator))[0]
 
 

@@ -41,6 +41,7 @@ from dualfocus.train import curate, nano, scenes
 from dualfocus.train.curate import Dialogue
 
 RUNS = Path("train/runs")
+POINTING = 0.3  # what knowing where to look weighs beside knowing what to say
 
 
 def jittered(rng: random.Random, box: scenes.Pixels, amount: float) -> scenes.Pixels:
@@ -208,12 +209,12 @@ class Tree:
 
     prefix: NDArray[np.int64]  # (P, 4)
     branches: list[NDArray[np.int64]]  # one (n, L, 4) for each of BRANCHES, padded on the right
-    asked: list[NDArray[np.int64]]  # one (n,) for each: the cell of the whole view asked about, or -1
+    asked: list[NDArray[np.int64]]  # one (n,) for each: the position of the cell asked about, or -1
     cells: NDArray[np.int64]  # (views, GRID², 9)
     pixels: NDArray[np.uint8]  # (views, S, S, 3), no views where symbols are enough
 
 
-BRANCHES = {"macro": 12, "locate": 4, "micro": 3}  # how many of each a tree has
+BRANCHES = {"macro": 8, "locate": 3, "micro": 4}  # how many of each a tree has
 PADDING = (0, 0, -100, 0)
 CATEGORIES = ("detail", "attribute", "existence", "count", "relation")
 GROUPS = (*(f"macro {c}" for c in CATEGORIES), *(f"micro {c}" for c in CATEGORIES), "box")
@@ -245,10 +246,11 @@ class Trees(IterableDataset[Tree]):
         asked: list[list[int]] = []
 
         def branch(d: Dialogue, turns: list[Turn], learn: list[tuple[int, str]]) -> None:
-            asked[-1].append(nano.asked_cell(scene, d))
             pieces = render(nano.PROMPTS, Question.parse(d.question, ""), turns)
             views = ["0", str(len(crops) - 1)][: sum(isinstance(p, Image) for p in pieces)]
             prompt = tokenize(pieces, self.tokenizer, self.tokens, views, nano.GRID**2)
+            cell = nano.asked_cell(crops[int(views[-1])], d)
+            asked[-1].append(-1 if cell is None else prompt.tokens.index(ImageToken(views[-1], cell)))
             branches[-1].append(self.columns(prompt, learn))
 
         branches.append([])
@@ -261,7 +263,7 @@ class Trees(IterableDataset[Tree]):
             branch(d, [Turn(nano.PROMPTS.locate, nano.box_text(scene, d.box))], [(0, "box")])
         branches.append([])
         asked.append([])
-        for d in self.choose(rng, dialogues, (3, 1, 1.5, 1.5, 1), BRANCHES["micro"]):
+        for d in self.choose(rng, dialogues, (5, 1, 1, 1, 1), BRANCHES["micro"]):
             # half of the crops are as true as boxes get, half as wrong as a model's may be
             wrong = rng.random() < 0.5
             text = nano.box_text(scene, jittered(rng, d.box, 0.12) if wrong else d.box)
@@ -315,7 +317,7 @@ def pad(rows: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
 def collate(trees: list[Tree]) -> dict[str, Tensor]:
     """Pictures after each other: `prefix` (B, P, 4), each of BRANCHES (B * n, L, 4), `cells`, `pixels`.
 
-    For each branch also the cell asked about, as "macro asked" (B * n,).
+    For each branch also the position of the cell asked about, as "macro asked" (B * n,).
     """
     first = np.cumsum([0] + [len(tree.cells) * nano.GRID**2 for tree in trees])
     out = {"prefix": np.stack([tree.prefix for tree in trees])}
@@ -344,11 +346,12 @@ class Symbols(nn.Module):
         spelled = [[f" {kind}" for kind in scenes.KINDS], [f" {colour}" for colour in scenes.COLOURS]]
         spelled += [[f" {c}" for c in scenes.ALPHABET]] + 2 * [list(scenes.ALPHABET)]
         self.words = nn.ModuleList()
-        for words in spelled:
+        # a letter's place in the label is told by how it is turned
+        for words, turned in zip(spelled, (0, 0, 0, 1, 2), strict=True):
             ids = [tokenizer.encode(word, add_special_tokens=False).ids for word in words]
             assert all(len(one) == 1 for one in ids)
             own = table[[one[0] for one in ids]]
-            rows = torch.cat([torch.zeros(1, hidden), (own - own.mean(0)) @ nano.turn(hidden).T])
+            rows = torch.cat([torch.zeros(1, hidden), (own - own.mean(0)) @ nano.turn(hidden, turned).T])
             self.words.append(nn.Embedding.from_pretrained(rows.clone(), freeze=False))
         self.register_buffer("waves", nano.waves())
         self.numbers = nn.ModuleList(nn.Linear(self.waves.shape[1], hidden, bias=False) for _ in range(4))
@@ -414,8 +417,9 @@ class Dialogues(nn.Module):
             wanted = columns[..., 2] >= 0
             out = run(columns, fork)
             hidden.append(out.last_hidden_state[wanted])
-            if name != "micro":
-                pointing.append(self.pointing(out.attentions, wanted, batch[f"{name} asked"]))
+            # within a micro dialogue the box is looked for in another view
+            answers = wanted & ((columns[..., 3] != GROUPS.index("box")) | (name != "micro"))
+            pointing.append(self.pointing(out.attentions, answers, batch[f"{name} asked"]))
             targets.append(columns[wanted][:, 2])
             groups.append(columns[wanted][:, 3])
             replies.append(wanted.nonzero()[:, 0] + 10_000 * len(replies))
@@ -425,7 +429,7 @@ class Dialogues(nn.Module):
         # picture is a guess, learned but not at the price of the rest
         weight = self.weights[group]
         losses = -(self.soft[target] * logits.log_softmax(-1)).sum(-1)
-        loss = (losses * weight).sum() / weight.sum() + 0.3 * torch.cat(pointing).mean()
+        loss = (losses * weight).sum() / weight.sum() + POINTING * torch.cat(pointing).mean()
         with torch.no_grad():
             good = self.soft[target, logits.argmax(-1)] > 0.05
             names, index = (torch.cat(replies) * len(GROUPS) + group).unique(return_inverse=True)
@@ -442,7 +446,7 @@ class Dialogues(nn.Module):
         """
         looks = attentions[2][:, :2].float()  # (rows, 2, queries, keys)
         row, query = (wanted & (asked >= 0)[:, None]).nonzero(as_tuple=True)
-        return -(looks[row, :, query, nano.FIRST_CELL + asked[row]] + 1e-4).log().mean(-1)
+        return -(looks[row, :, query, asked[row]] + 1e-4).log().mean(-1)
 
 
 def train_symbols(minutes: float, seed: int, resume: bool) -> None:

@@ -74,7 +74,7 @@ def ask(
         from dualfocus.runtime.turns import Turns
 
         if show is not None:
-            _check_show(show, questions)
+            _check_show(show, picture, questions)
         pixels = open_picture(_standard_input() if picture == "-" else picture, "standard input")
         waiting = _Waiting()
         with waiting:
@@ -239,7 +239,7 @@ class _Waiting:
             self._status.stop()
 
 
-def _check_show(path: Path, questions: list[str]) -> None:
+def _check_show(path: Path, picture: str, questions: list[str]) -> None:
     """Refuse before anything is computed what could not be written afterwards."""
     from PIL import Image
 
@@ -253,8 +253,11 @@ def _check_show(path: Path, questions: list[str]) -> None:
         )
     if not os.path.isdir(path.parent):  # unlike Path.is_dir, it raises nothing
         raise InputError(f"--show {path}: the folder {path.parent} does not exist")
-    if os.path.isdir(path) or not os.access(path.parent, os.W_OK):
+    exists = os.path.exists(path)
+    if os.path.isdir(path) or not all(os.access(p, os.W_OK) for p in [path.parent, path][: 1 + exists]):
         raise InputError(f"--show {path}: cannot be written")
+    if exists and os.path.exists(picture) and os.path.samefile(path, picture):
+        raise InputError(f"--show {path}: is the picture itself, which would be lost")
 
 
 def _save(image: PillowImage, path: Path) -> None:

@@ -4,6 +4,12 @@ bundle = Bundle.open()
 result = FocusRunner(bundle).ask(open_picture("photo.jpg"), "What is written on the sign?")
 """
 
+import os
+
+# ONNX Runtime's wheels report every session to their maker and keep an identifier in the user's cache
+# folder, unless this was set before they are first imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 from dualfocus.runtime.bundle import Bundle
 from dualfocus.runtime.errors import BundleError, EngineError, InputError, PictureError, QuestionError
 from dualfocus.runtime.image import open_picture

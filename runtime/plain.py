@@ -118,7 +118,8 @@ class _Model:
     ) -> tuple[KVCache, LogProbs]:
         """A cache that holds `prompt`, and (K, vocabulary) log-probabilities after K of its positions."""
         bundle, spec = self._bundle, self._bundle.manifest.decoder
-        seen = {token.image for token in prompt.tokens if not isinstance(token, int)}
+        # in the order shown, not a set's: another place in the batch may round otherwise
+        seen = dict.fromkeys(token.image for token in prompt.tokens if not isinstance(token, int))
         pixels = [view(self._picture, crops[name], bundle.manifest.image) for name in seen]
         features = dict(zip(seen, bundle.vision.encode(np.concatenate(pixels)), strict=True))
         self._counters.vision_encodes += len(seen)

@@ -31,7 +31,10 @@ _IMAGES_KEPT = 8  # encoded images: a picture and the crops of its latest questi
 
 
 class FocusRunner:
-    """Answers questions about pictures; keeps the latest picture for the next question."""
+    """Answers questions about pictures, one at a time; keeps the latest picture for the next question.
+
+    Its cache is shared by all its questions, so that each thread needs a runner of its own.
+    """
 
     def __init__(
         self,

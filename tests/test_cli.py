@@ -193,6 +193,14 @@ def test_show_of_a_box_far_beyond_the_picture(photo, bundle, tmp_path):
     assert columns.max() < 700  # the box ends where the picture of 640 does, not in the zoomed crop
 
 
+def test_show_never_replaces_the_picture(photo, bundle, tmp_path):
+    before = photo.read_bytes()
+    (tmp_path / "link.png").symlink_to(photo)
+    for out in (photo, tmp_path / "link.png"):
+        assert "the picture itself" in refused(run("ask", photo, "What?", "--show", out, "--bundle", bundle))
+    assert photo.read_bytes() == before
+
+
 def test_show_with_a_name_as_long_as_names_may_be(photo, bundle, tmp_path):
     out = tmp_path / ("x" * 251 + ".png")
     ask(photo, "What?", "--show", out, bundle=bundle)
@@ -373,6 +381,22 @@ def test_without_onnx_runtime_the_extras_are_named(photo, bundle):
     assert done.stderr.count("\n") == 1
     assert "dualfocus[cpu]" in done.stderr
     assert "dualfocus[gpu]" in done.stderr
+
+
+def test_nothing_is_left_in_the_users_folders(photo, bundle, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    places = {"HOME": home, "XDG_CACHE_HOME": home / "cache", "XDG_DATA_HOME": home / "data"}
+    code = (
+        f"from dualfocus import cli; cli.app(['ask', {str(photo)!r}, 'What?', '--bundle', {str(bundle)!r}])"
+    )
+    own = ("CI", "ORT_DISABLE_TELEMETRY")  # either would silence ONNX Runtime's telemetry by itself
+    kept = {name: value for name, value in os.environ.items() if name not in own}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=kept | {name: str(path) for name, path in places.items()}
+    )
+    assert done.returncode == 0
+    assert list(home.rglob("*")) == []
 
 
 def test_a_reader_that_leaves_is_no_crash(photo, bundle):

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from dualfocus.bench import scenes as bench
+from dualfocus.cli import app
 from dualfocus.runtime import Bundle, FocusRunner, PlainRunner, open_picture
 from dualfocus.runtime.bundle import BUILT_IN, read_manifest, verify
 from dualfocus.runtime.sequence import common_prefix
@@ -101,6 +103,23 @@ def test_the_example_is_answered(bundle: Bundle) -> None:
     assert result.chosen == "micro"
     assert result.answer in (ROOT / "README.md").read_text()
     assert Image.open(ROOT / "examples" / "scene.png").size == (picture.shape[1], picture.shape[0])
+
+
+def test_eval_scenes_asks_as_many_as_it_says() -> None:
+    result = CliRunner().invoke(app, ["eval", "scenes", "--limit", "7", "--threads", "1", "--json"])
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert summary["questions"] == 7
+    assert sum(summary["chosen"].values()) == 7
+    assert sum(row["questions"] for name, row in summary["accuracy"].items() if name in bench.CATEGORIES) == 7
+
+
+def test_shares_and_intervals() -> None:
+    low, high = bench.wilson(85, 100)
+    assert (round(low, 4), round(high, 4)) == (0.7672, 0.9069)  # by hand, from Wilson's formula
+    assert bench.iou((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)
+    assert bench.iou((0, 0, 1, 1), (2, 2, 3, 3)) == 0
+    assert bench.iou((3, 3, 1, 1), (0, 0, 4, 4)) == 0  # an inverted box fits nothing
 
 
 def test_it_reads_what_the_whole_picture_hides(bundle: Bundle) -> None:

@@ -2,11 +2,15 @@
 
 import copy
 import dataclasses
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from dualfocus.export import export_bundle
+from dualfocus.runtime import Bundle, FocusRunner
 from dualfocus.train import curate, nano, recipe, scenes
 
 WHOLE_VIEW_PIXELS = nano.IMAGE.size
@@ -183,3 +187,23 @@ def test_a_tree_trains_what_its_dialogues_would_one_by_one() -> None:
                     weights.append(weight)
     alone = torch.cat(losses).sum() / torch.cat(weights).sum()
     assert torch.allclose(together - recipe.POINTING * seen["pointing"], alone, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_from_nothing_to_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second or two of every stage, resumed once: what comes out answers, however badly."""
+    monkeypatch.setattr(recipe, "RUNS", tmp_path)
+    monkeypatch.setattr(recipe, "CHECKPOINT", tmp_path / "checkpoint")
+    for resume in (False, True):
+        for stage in recipe.STAGES.values():
+            stage(0.03, 1, resume)
+    assert torch.load(tmp_path / "dialogues.pt")["samples"] > recipe.TREES
+    curve = [json.loads(line) for line in (tmp_path / "symbols.jsonl").read_text().splitlines()]
+    assert curve[-1]["samples"] > curve[0]["samples"]
+    recipe.save()
+    export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", progress=lambda _: None)
+    scene = scenes.layout(scenes.HELD_OUT)
+    result = FocusRunner(Bundle.open(tmp_path / "bundle", threads=1)).ask(
+        np.asarray(scenes.draw(scene)), "Is there a red star?"
+    )
+    assert result.macro is not None

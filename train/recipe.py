@@ -19,7 +19,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,8 @@ from dualfocus.runtime.turns import Image, ImageToken, Prompt, Question, Turn, r
 from dualfocus.train import curate, nano, scenes
 from dualfocus.train.curate import Dialogue
 
-RUNS = Path("train/runs")
+RUNS, CHECKPOINT = Path("train/runs"), Path("train/checkpoint")
+TREES = 8  # scenes in a step of the later stages
 POINTING = 0.3  # what knowing where to look weighs beside knowing what to say
 
 
@@ -126,77 +127,93 @@ class SlotHeads(nn.Module):
 
 
 class Progress:
-    """Time-based schedule and a curve: one JSON line every few seconds, printed and kept."""
+    """A schedule by the clock, and the curve: one JSON line every 15 seconds, printed and kept."""
 
-    def __init__(self, stage: str, minutes: float, peak: float) -> None:
+    def __init__(self, stage: str, minutes: float, peak: float, scenes_seen: int, batch_size: int) -> None:
         self.start, self.seconds, self.peak = time.monotonic(), minutes * 60, peak
+        self.scenes_seen, self.batch_size = scenes_seen, batch_size
         self.log = (RUNS / f"{stage}.jsonl").open("a")
         self.last = 0.0
         self.seen: dict[str, list[float]] = {}
 
     @property
     def share(self) -> float:
+        """How much of the time is over; above 1 when it is up."""
         return (time.monotonic() - self.start) / self.seconds
 
     def rate(self, optimizer: torch.optim.Optimizer) -> None:
         """Warm up over the first 3 % of the time, then a cosine to zero."""
         share = min(1.0, self.share)
-        rate = self.peak * min(1.0, share / 0.03) * 0.5 * (1 + math.cos(math.pi * share))
         for group in optimizer.param_groups:
-            group["lr"] = rate * group.get("scale", 1.0)
+            group["lr"] = self.peak * min(1.0, share / 0.03) * 0.5 * (1 + math.cos(math.pi * share))
 
-    def note(self, step: int, samples: int, **values: float) -> None:
+    def note(self, step: int, **values: float) -> None:
+        """Take in one step's values; what is written are their means since the last line."""
         for name, value in values.items():
             self.seen.setdefault(name, []).append(value)
         if time.monotonic() - self.last > 15:
             self.last = time.monotonic()
             means = {name: round(float(np.nanmean(value)), 4) for name, value in self.seen.items()}
-            line = {
-                "minutes": round((self.last - self.start) / 60, 2),
-                "step": step,
-                "samples": samples,
-                **means,
-            }
-            print(json.dumps(line), flush=True)
-            self.log.write(json.dumps(line) + "\n")
+            samples = self.scenes_seen + step * self.batch_size
+            minutes = round((self.last - self.start) / 60, 2)
+            line = json.dumps({"minutes": minutes, "step": step, "samples": samples, **means})
+            print(line, flush=True)
+            self.log.write(line + "\n")
             self.log.flush()
             self.seen = {}
 
 
+def fit(
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    batches: Iterable[Any],
+    loss: Callable[[Any], tuple[Tensor, dict[str, float]]],
+    save: Callable[[int], None],
+) -> None:
+    """Minimise `loss` over `batches` until the time is up; `save` is told how many batches were seen."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for step, batch in enumerate(batches, 1):
+        progress.rate(optimizer)
+        with torch.autocast("cpu", torch.bfloat16):
+            value, seen = loss(batch)
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        progress.note(step, loss=value.item(), **seen)
+        if progress.share >= 1 or step % 200 == 0:
+            save(step)
+        if progress.share >= 1:
+            return
+
+
 def train_tower(minutes: float, seed: int, resume: bool) -> None:
-    """Stage 1: 24 scenes (96 views) a step, bf16 autocast."""
+    """Stage 1: the tower on views."""
     torch.manual_seed(seed)
     tower, heads = NanoVisionModel(NanoVisionConfig()), SlotHeads(NanoVisionConfig().hidden_size)
-    path = RUNS / "tower.pt"
-    state: dict[str, Any] = {"samples": 0}
+    path, scenes_seen = RUNS / "tower.pt", 0
     if resume:
         state = torch.load(path)
+        scenes_seen = state["samples"]
         tower.load_state_dict(state["tower"])
         heads.load_state_dict(state["heads"])
     tower = tower.to(memory_format=torch.channels_last)
-    parameters = [*tower.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.02)
-    progress = Progress("tower", minutes, 2e-3 if not resume else 1e-3)
-    batch = 24
-    loader = DataLoader(
-        Views(seed * 1_000_000 + state["samples"]), batch_size=batch, num_workers=1, prefetch_factor=4
-    )
-    step = 0
-    for pixels, cells in loader:
-        progress.rate(optimizer)
-        with torch.autocast("cpu", torch.bfloat16):
-            features = tower(normalise(pixels.flatten(0, 1))).last_hidden_state
-        loss, right = heads.loss(features.float(), cells.flatten(0, 1))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        step, state["samples"] = step + 1, state["samples"] + batch
-        progress.note(step, state["samples"], loss=loss.item(), **right)
-        if progress.share >= 1 or step % 200 == 0:
-            torch.save({**state, "tower": tower.state_dict(), "heads": heads.state_dict()}, path)
-        if progress.share >= 1:
-            return
+    optimizer = torch.optim.AdamW([*tower.parameters(), *heads.parameters()], weight_decay=0.02)
+    batch_size = 24  # scenes, four views each
+    views = Views(seed * 1_000_000 + scenes_seen)
+
+    def loss(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        pixels, cells = batch
+        features = tower(normalise(pixels.flatten(0, 1))).last_hidden_state
+        return heads.loss(features.float(), cells.flatten(0, 1))
+
+    def save(step: int) -> None:
+        samples = scenes_seen + step * batch_size
+        torch.save({"samples": samples, "tower": tower.state_dict(), "heads": heads.state_dict()}, path)
+
+    progress = Progress("tower", minutes, 1e-3 if resume else 2e-3, scenes_seen, batch_size)
+    loader = DataLoader(views, batch_size=batch_size, num_workers=1, prefetch_factor=4)
+    fit(optimizer, progress, loader, loss, save)
 
 
 @dataclass(frozen=True)
@@ -455,39 +472,32 @@ def train_symbols(minutes: float, seed: int, resume: bool) -> None:
     With one to three objects it learns what of a cell to copy, with more which cell; the micro turns, which
     cost more than all others together, join when looking things up works.
     """
-    dataset = Trees(seed * 1_000_000, pixels=False)
-    model = nano.build_model(dataset.tokenizer, seed)
-    symbols, dialogues = Symbols(model, dataset.tokenizer), Dialogues(model, dataset.tokenizer)
-    path = RUNS / "symbols.pt"
-    state: dict[str, Any] = {"samples": 0}
+    trees = Trees(seed * 1_000_000, pixels=False)
+    model = nano.build_model(trees.tokenizer, seed)
+    symbols, dialogues = Symbols(model, trees.tokenizer), Dialogues(model, trees.tokenizer)
+    path, scenes_seen = RUNS / "symbols.pt", 0
     if resume:
         state = torch.load(path)
+        scenes_seen = state["samples"]
         model.load_state_dict(state["model"])
         symbols.load_state_dict(state["symbols"])
-        dataset.first += state["samples"]
+        trees.first += scenes_seen
     parameters = [*model.model.language_model.parameters(), *symbols.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.02, betas=(0.9, 0.98))
-    progress = Progress("symbols", minutes, 1e-3)
-    batch_size = 8
-    step = 0
-    for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collate):
-        progress.rate(optimizer)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.02, betas=(0.9, 0.98))
+    progress = Progress("symbols", minutes, 1e-3, scenes_seen, TREES)
+
+    def loss(batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         # no worker process stands between: the next scene is laid out as said here
-        dataset.things = (1, 3) if progress.share < 0.06 and not resume else (3, 7)
+        trees.things = (1, 3) if progress.share < 0.06 and not resume else (3, 7)
         early = progress.share < 0.5 and not resume
         branches = ("macro", "locate") if early else tuple(BRANCHES)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss, right = dialogues.loss(batch, symbols(batch["cells"]), branches)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        step, state["samples"] = step + 1, state["samples"] + batch_size
-        progress.note(step, state["samples"], loss=loss.item(), **right)
-        if progress.share >= 1 or step % 200 == 0:
-            torch.save({**state, "model": model.state_dict(), "symbols": symbols.state_dict()}, path)
-        if progress.share >= 1:
-            return
+        return dialogues.loss(batch, symbols(batch["cells"]), branches)
+
+    def save(step: int) -> None:
+        state = {"model": model.state_dict(), "symbols": symbols.state_dict()}
+        torch.save({"samples": scenes_seen + step * TREES, **state}, path)
+
+    fit(optimizer, progress, DataLoader(trees, batch_size=TREES, collate_fn=collate), loss, save)
 
 
 def train_dialogues(minutes: float, seed: int, resume: bool) -> None:
@@ -496,52 +506,44 @@ def train_dialogues(minutes: float, seed: int, resume: bool) -> None:
     For the first tenth of the time only the projector learns, to say in the decoder's symbols what the
     tower saw; that stays a second loss while projector and decoder learn the dialogues.
     """
-    dataset = Trees(seed * 1_000_000 + 500_000, pixels=True)
-    model = nano.build_model(dataset.tokenizer, seed)
-    symbols, dialogues = Symbols(model, dataset.tokenizer), Dialogues(model, dataset.tokenizer)
-    path = RUNS / "dialogues.pt"
+    trees = Trees(seed * 1_000_000 + 500_000, pixels=True)
+    model = nano.build_model(trees.tokenizer, seed)
+    symbols, dialogues = Symbols(model, trees.tokenizer), Dialogues(model, trees.tokenizer)
+    path, scenes_seen = RUNS / "dialogues.pt", 0
     learned = torch.load(RUNS / "symbols.pt")
     model.load_state_dict(learned["model"])
     symbols.load_state_dict(learned["symbols"])
-    state: dict[str, Any] = {"samples": 0}
     if resume:
         state = torch.load(path)
+        scenes_seen = state["samples"]
         model.load_state_dict(state["model"])
-        dataset.first += state["samples"]
+        trees.first += scenes_seen
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     tower.load_state_dict(torch.load(RUNS / "tower.pt")["tower"])
     tower.requires_grad_(False).eval().to(memory_format=torch.channels_last)
     symbols.requires_grad_(False)
-    scale = symbols(torch.from_numpy(dataset.tree(scenes.HELD_OUT).cells)).var()
+    scale = symbols(torch.from_numpy(trees.tree(scenes.HELD_OUT).cells)).var()
     parameters = [*projector.parameters(), *model.model.language_model.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.02, betas=(0.9, 0.98))
-    progress = Progress("dialogues", minutes, 7e-4)
-    batch_size, step = 8, 0
-    for batch in DataLoader(
-        dataset, batch_size=batch_size, collate_fn=collate, num_workers=1, prefetch_factor=4
-    ):
-        progress.rate(optimizer)
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                features = tower(normalise(batch["pixels"])).last_hidden_state
-            image_tokens = projector(features).float()
-            error = (image_tokens - symbols(batch["cells"]).float()).square().mean(-1) / scale
-            filled = batch["cells"][..., 0] > 0
-            loss = regression = error[filled].mean() + error[~filled].mean()
-            right: dict[str, float] = {}
-            if resume or progress.share > 0.1:
-                answers, right = dialogues.loss(batch, image_tokens)
-                loss = answers + 0.3 * regression
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        step, state["samples"] = step + 1, state["samples"] + batch_size
-        progress.note(step, state["samples"], loss=loss.item(), regression=regression.item(), **right)
-        if progress.share >= 1 or step % 200 == 0:
-            torch.save({**state, "model": model.state_dict()}, path)
-        if progress.share >= 1:
-            return
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.02, betas=(0.9, 0.98))
+    progress = Progress("dialogues", minutes, 7e-4, scenes_seen, TREES)
+
+    def loss(batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        with torch.no_grad():
+            features = tower(normalise(batch["pixels"])).last_hidden_state
+        image_tokens = projector(features).float()
+        error = (image_tokens - symbols(batch["cells"]).float()).square().mean(-1) / scale
+        filled = batch["cells"][..., 0] > 0
+        regression = error[filled].mean() + error[~filled].mean()
+        if not resume and progress.share < 0.1:
+            return regression, {"regression": regression.item()}
+        answers, right = dialogues.loss(batch, image_tokens)
+        return answers + 0.3 * regression, {"regression": regression.item(), **right}
+
+    def save(step: int) -> None:
+        torch.save({"samples": scenes_seen + step * TREES, "model": model.state_dict()}, path)
+
+    loader = DataLoader(trees, batch_size=TREES, collate_fn=collate, num_workers=1, prefetch_factor=4)
+    fit(optimizer, progress, loader, loss, save)
 
 
 def save() -> None:
@@ -549,7 +551,7 @@ def save() -> None:
     tokenizer = nano.build_tokenizer()
     model = nano.build_model(tokenizer, 0)
     model.load_state_dict(torch.load(RUNS / "dialogues.pt")["model"])
-    nano.save_checkpoint(model, tokenizer, Path("train/checkpoint"))
+    nano.save_checkpoint(model, tokenizer, CHECKPOINT)
 
 
 STAGES = {"tower": train_tower, "symbols": train_symbols, "dialogues": train_dialogues}

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO
 
 import typer
 
@@ -167,19 +167,24 @@ def scenes(
         model = Bundle.open(bundle or BUILT_IN, threads=threads)
         asked = bench.ask_all(FocusRunner(model), bench.held_out(limit))
         outcomes = list(
-            track(asked, "asking", total=limit, console=_stderr(), disable=not sys.stderr.isatty())
+            track(asked, "asking", total=limit, console=_stderr(), disable=not _watched(sys.stderr))
         )
         result = {
             "machine": harness.machine(["dualfocus", "onnxruntime", "numpy", "pillow"]),
             "bundle": model.manifest.name,
             **bench.summarise(outcomes),
         }
-    if as_json:
-        print(json.dumps(result))
-    else:
-        _print_accuracy(result)
-    if save:
-        harness.save("scenes", result)
+        if as_json:
+            print(json.dumps(result))
+        else:
+            _print_accuracy(result)
+        if save:
+            harness.save("scenes", result)
+
+
+def _watched(stream: TextIO | None) -> bool:
+    """A person sees what is written there; a closed stream is None."""
+    return stream is not None and stream.isatty()
 
 
 @contextmanager
@@ -219,7 +224,7 @@ class _Waiting:
 
     def __init__(self) -> None:
         self._status: Status | None = None
-        if sys.stderr is not None and sys.stderr.isatty():
+        if _watched(sys.stderr):
             self._status = _stderr().status("")
 
     def say(self, stage: str) -> None:
@@ -381,8 +386,7 @@ def _console() -> Console:
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model says what not every terminal's encoding has
-    terminal = sys.stdout is not None and sys.stdout.isatty()
-    return Console(highlight=False) if terminal else Console(highlight=False, width=1000)
+    return Console(highlight=False) if _watched(sys.stdout) else Console(highlight=False, width=1000)
 
 
 def _stderr() -> Console:

@@ -1,7 +1,7 @@
 """A bundle on disk: checked, then opened.
 
-Opening reads the manifest and compares every file's size, so that a start stays fast; `verify` reads
-the files and compares their hashes.
+Opening reads the manifest and compares every file's size, and of a bundle of up to `HASHED_BYTES` the
+hashes too, which takes milliseconds. Larger ones start fast; `verify` hashes their files.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dualfocus.runtime.errors import BundleError
 from dualfocus.runtime.manifest import Manifest
 
 BUILT_IN = Path(__file__).parent.parent / "models" / "nano"
+HASHED_BYTES = 64_000_000
 _REQUIRED = ("vision.onnx", "decoder.onnx", "embeddings.npy", "tokenizer.json")
 
 
@@ -45,6 +46,8 @@ class Bundle:
         """
         path = Path(path)
         manifest, digest = read_manifest(path)
+        if sum(entry.size for entry in manifest.files.values()) <= HASHED_BYTES:
+            verify(path, manifest)
         tokenizer = _open_tokenizer(path, manifest)
         embeddings = _open_embeddings(path, manifest)
 

@@ -1,6 +1,7 @@
 """The built-in model: small enough, what its checkpoint says, and reading what the whole picture hides."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from dualfocus.bench import scenes as bench
 from dualfocus.cli import app
 from dualfocus.runtime import Bundle, FocusRunner, PlainRunner, open_picture
 from dualfocus.runtime.bundle import BUILT_IN, read_manifest, verify
+from dualfocus.runtime.errors import BundleError
 from dualfocus.runtime.sequence import common_prefix
 from dualfocus.runtime.turns import Turns
 from dualfocus.train import nano, scenes
@@ -30,6 +32,16 @@ def test_it_is_small_and_whole() -> None:
     files = [path for path in BUILT_IN.iterdir() if path.is_file()]
     assert {path.name for path in files} == {*manifest.files, "manifest.json"}
     assert sum(path.stat().st_size for path in files) <= 15_000_000
+
+
+@pytest.mark.parametrize("name", ["vision.onnx", "decoder.onnx", "embeddings.npy", "tokenizer.json"])
+def test_a_flipped_byte_is_noticed(name: str, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(BUILT_IN, tmp_path / "damaged"))
+    data = bytearray((damaged / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (damaged / name).write_bytes(data)
+    with pytest.raises(BundleError, match=f"{name} has SHA-256"):
+        Bundle.open(damaged)
 
 
 def test_manifest_says_what_training_assumed() -> None:

@@ -1,1 +1,1 @@
-"""placeholder"""
+"""Bundles that ship with the package."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -89,8 +89,13 @@ def find_region(reply: str, space: CoordinateSpace, width: int, height: int, ima
     match = _FOUR_NUMBERS.search(reply)
     if match is None:
         return Region(problem=f"the reply {reply!r} names no box")
-    x0, y0, x1, y1 = map(float, match.groups())
-    box = convert(Box(x0, y0, x1, y1, space), "pixels", width, height, image)
+    with np.errstate(over="ignore"):
+        # in float32 from the first product on: a last bit decides now and then which pixel is the border
+        numbers: list[Any] = [np.float32(float(number)) for number in match.groups()]
+        x0, y0, x1, y1 = numbers
+        scaled = convert(Box(x0, y0, x1, y1, space), "pixels", width, height, image)
+    x0, y0, x1, y1 = map(float, scaled.corners)
+    box = Box(x0, y0, x1, y1, "pixels")
     if max(map(abs, box.corners)) > _BEYOND:
         return Region(problem=f"the reply {reply!r:.60} names no finite box")
     crop = crop_around(box, width, height)

@@ -161,3 +161,12 @@ def test_coordinates_are_the_manifests():
     np.testing.assert_allclose(padded.box.corners, (400, 200, 600, 300))
     model = find("[33, 67, 67, 101]", 336, 336, "model")
     np.testing.assert_allclose(model.box.corners, (33, 67, 67, 101))
+
+
+def test_boxes_are_scaled_in_float32() -> None:
+    """In float64 the left edge would be 795, and a crop that begins there a pixel narrower."""
+    image = ImageSpec(336, 576, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "pad")
+    box = find_region("[0.53, 0.10, 0.59, 0.20]", "original", 1500, 1000, image).box
+    assert box is not None
+    assert box.x0 == float(np.float32(0.53) * np.float32(1500))
+    assert int(box.x0) == 794

@@ -209,8 +209,9 @@ def _look_things_up(model: LlavaForConditionalGeneration, tokenizer: Tokenizer) 
 
     Embeddings: all tokens share a direction, words of one sort another, a plural resembles its singular
     and a number its neighbours. One head of layer 0 gathers the kinds and colours before a token. A head in
-    layers 1 and 2 looks with them for the cells that show them, and takes over their words. Image tokens
-    start out as words turned by `turn`, so that a word looks at cells and not at words.
+    layers 1 and 2 looks with them for the cells that show them, and takes over their words; three more in
+    layer 2 look at the same cells for letters and for what they learn to take. Image tokens start out as
+    words turned by `turn`, so that a word looks at cells and not at words.
     """
     text = model.config.text_config
     hidden, size, heads = text.hidden_size, text.head_dim, text.num_attention_heads

@@ -34,7 +34,6 @@ IMAGE = ImageSpec(size=160, tokens=GRID * GRID, mean=(0.5, 0.5, 0.5), std=(0.25,
 SLOTS = {"kind": len(KINDS) + 1, "colour": len(COLOURS) + 1}
 SLOTS |= dict.fromkeys(("x0", "y0", "x1", "y1"), 100)
 SLOTS |= dict.fromkeys(("first", "second", "third"), len(ALPHABET) + 1)
-COORDINATES = slice(2, 6)  # the slots that are numbers, not words
 
 LEGIBLE = 6.0  # cap height in view pixels from which letters can be told apart
 

@@ -11,10 +11,10 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO, cast
 
 import typer
 
@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from rich.status import Status
     from rich.text import Text
 
+    from dualfocus.bench.harness import Watch
     from dualfocus.runtime import FocusResult
+    from dualfocus.runtime.geometry import Box
     from dualfocus.runtime.manifest import Manifest
+    from dualfocus.runtime.result import Event
 
 # plain help texts: laying them out with rich would double the time of `--help`
 app = typer.Typer(
@@ -60,6 +63,24 @@ def ask(
     show: Annotated[
         Path | None, typer.Option(metavar="OUT.png", help="Write the picture with box, crop and answers.")
     ] = None,
+    free_box: Annotated[
+        bool, typer.Option("--free-box", help="Decode the box without a grammar, as --plain does.")
+    ] = False,
+    skip_above: Annotated[
+        float | None,
+        typer.Option(
+            metavar="P",
+            min=0,
+            max=1,
+            help="Look no closer if the macro answer's mean token probability is above P  [default: never]",
+        ),
+    ] = None,
+    cache_mb: Annotated[
+        int,
+        typer.Option(
+            metavar="MB", min=0, max=10**9, help="Memory for pictures that may be asked about again."
+        ),
+    ] = 512,
     threads: Annotated[
         int | None,
         typer.Option(
@@ -71,10 +92,13 @@ def ask(
     with _errors():
         from dualfocus.runtime import Bundle, FocusRunner, PlainRunner, open_picture
         from dualfocus.runtime.bundle import BUILT_IN
+        from dualfocus.runtime.errors import InputError
         from dualfocus.runtime.turns import Turns
 
         if show is not None:
             _check_show(show, picture, questions)
+        if plain and skip_above is not None:
+            raise InputError("--plain runs every step, so --skip-above cannot be given with it")
         pixels = open_picture(_standard_input() if picture == "-" else picture, "standard input")
         waiting = _Waiting()
         with waiting:
@@ -83,10 +107,21 @@ def ask(
         for question in questions:  # all of them before the first is answered
             Turns(model.manifest, model.tokenizer, question).check_length(macro_only=mode == "macro")
 
-        runner = (PlainRunner if plain else FocusRunner)(model, select=select, on_stage=waiting.say)
+        if plain:
+            reference = PlainRunner(model, select=select, on_stage=waiting.say)
+        else:
+            session = FocusRunner(
+                model, select=select, free_box=free_box, skip_above=skip_above, cache_mb=cache_mb
+            ).session(pixels)
         for question in questions:
-            with waiting:
-                result = runner.ask(pixels, question, mode)
+            if plain:
+                with waiting:
+                    result = reference.ask(pixels, question, mode)
+            elif _watched(sys.stdout) and not as_json:
+                result = _watch(session.stream(question, mode))
+            else:
+                with waiting:
+                    result = waiting.follow(session.stream(question, mode))
             if as_json:
                 shown = {**result.to_dict(), "bundle": model.manifest.name, "device": model.device}
                 print(json.dumps(shown), flush=True)  # in ASCII, which every stdout can take
@@ -100,17 +135,27 @@ def ask(
 
 @app.command()
 def export(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face LLaVA checkpoint.")
-    ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="BUNDLE", help="Folder to write.")],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face LLaVA checkpoint."),
+    ] = None,
+    random: Annotated[
+        str | None,
+        typer.Option(metavar="SHAPE", help="Random weights of a shape instead, such as edge."),
+    ] = None,
 ) -> None:
     """Export a checkpoint as a bundle."""
-    from dualfocus.export import ExportError, export_bundle
+    from dualfocus.export import ExportError, export_bundle, shapes
 
     with _errors():
         try:
-            export_bundle(checkpoint, out)
+            if checkpoint is not None and random is not None:
+                raise ExportError("both a CHECKPOINT and --random SHAPE were given, expected one of them")
+            source = checkpoint if random is None else shapes.named(random)
+            if source is None:
+                raise ExportError("nothing to export was given, expected a CHECKPOINT or --random SHAPE")
+            export_bundle(source, out)
         except ExportError as error:
             _refuse(error)
 
@@ -134,21 +179,26 @@ def inspect(
             _print_manifest(manifest, verified=verify)
 
 
+# what measurements have in common
+_Limit = Annotated[int, typer.Option(metavar="N", min=1, help="Questions to ask.")]
+_Bundle = Annotated[Path | None, typer.Option(metavar="DIR", help="The model  [default: the built-in one]")]
+_Threads = Annotated[int | None, typer.Option(metavar="N", min=1, max=256, help="Threads of the engines.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+_Save = Annotated[bool, typer.Option("--save", help="Keep the result under bench/results.")]
+_Plot = Annotated[Path | None, typer.Option(metavar="OUT", help="Draw the result: OUT.svg or OUT.png.")]
+
+
 evaluate = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure answers, not time.")
 app.add_typer(evaluate, name="eval")
 
 
 @evaluate.command()
 def scenes(
-    limit: Annotated[int, typer.Option(metavar="N", min=1, help="Questions to ask.")] = 2000,
-    bundle: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The model  [default: the built-in one]")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(metavar="N", min=1, max=256, help="Threads of the engines.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    save: Annotated[bool, typer.Option("--save", help="Keep the result under bench/results.")] = False,
+    limit: _Limit = 2000,
+    bundle: _Bundle = None,
+    threads: _Threads = None,
+    as_json: _Json = False,
+    save: _Save = False,
 ) -> None:
     """Ask about drawn scenes that no training ever saw."""
     with _errors():
@@ -156,13 +206,10 @@ def scenes(
 
         from dualfocus.runtime import Bundle, FocusRunner
         from dualfocus.runtime.bundle import BUILT_IN
-        from dualfocus.runtime.errors import InputError
 
-        try:
+        with _needs_train("eval scenes"):
             from dualfocus.bench import harness
             from dualfocus.bench import scenes as bench
-        except ModuleNotFoundError as error:
-            raise InputError(f"eval scenes needs {error.name}: pip install 'dualfocus[cpu,train]'") from None
 
         model = Bundle.open(bundle or BUILT_IN, threads=threads)
         asked = bench.ask_all(FocusRunner(model), bench.held_out(limit))
@@ -170,7 +217,7 @@ def scenes(
             track(asked, "asking", total=limit, console=_stderr(), disable=not _watched(sys.stderr))
         )
         result = {
-            "machine": harness.machine(["dualfocus", "onnxruntime", "numpy", "pillow"]),
+            **harness.header("scenes", threads),
             "bundle": model.manifest.name,
             **bench.summarise(outcomes),
         }
@@ -179,7 +226,121 @@ def scenes(
         else:
             _print_accuracy(result)
         if save:
-            harness.save("scenes", result)
+            harness.save(result)
+
+
+benches = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure time.")
+app.add_typer(benches, name="bench")
+
+
+@benches.command("savings")
+def bench_savings(
+    bundle: _Bundle = None,
+    rounds: Annotated[int, typer.Option(metavar="N", min=2, help="How often each row is timed.")] = 10,
+    threads: _Threads = None,
+    as_json: _Json = False,
+    save: _Save = False,
+    plot: _Plot = None,
+) -> None:
+    """What every saving is worth, from the plain protocol to all of them."""
+    with _errors():
+        from dualfocus.runtime import Bundle
+        from dualfocus.runtime.bundle import BUILT_IN
+
+        _check_plot(plot)
+        with _needs_train("bench savings"):
+            from dualfocus.bench import savings
+        model = Bundle.open(bundle or BUILT_IN, threads=threads)
+        with _progress() as watch:
+            result = savings.run(model, rounds, threads, watch)
+        _report(result, savings.show, as_json=as_json, save=save)
+        if plot is not None:
+            savings.plot(result, plot)
+
+
+@benches.command("gate")
+def bench_gate(
+    limit: _Limit = 2000,
+    bundle: _Bundle = None,
+    threads: _Threads = None,
+    as_json: _Json = False,
+    save: _Save = False,
+    plot: _Plot = None,
+) -> None:
+    """Accuracy against latency of `ask --skip-above`, on drawn scenes that no training ever saw."""
+    with _errors():
+        from dualfocus.runtime import Bundle
+        from dualfocus.runtime.bundle import BUILT_IN
+
+        _check_plot(plot)
+        with _needs_train("bench gate"):
+            from dualfocus.bench import gate
+        model = Bundle.open(bundle or BUILT_IN, threads=threads)
+        with _progress() as watch:
+            result = gate.run(model, limit, threads, watch)
+        _report(result, gate.show, as_json=as_json, save=save)
+        if plot is not None:
+            gate.plot(result, plot)
+
+
+@benches.command("crop")
+def bench_crop(
+    rounds: Annotated[int, typer.Option(metavar="N", min=2, help="How often each candidate is timed.")] = 21,
+    as_json: _Json = False,
+    save: _Save = False,
+) -> None:
+    """The crop kernel against Pillow and NumPy, on one thread."""
+    with _errors():
+        from dualfocus.bench import crop
+
+        with _progress() as watch:
+            result = crop.run(rounds, watch)
+        _report(result, crop.show, as_json=as_json, save=save)
+
+
+@contextmanager
+def _needs_train(command: str) -> Iterator[None]:
+    """Around imports: scenes are drawn with what the extra `train` installs."""
+    from dualfocus.runtime.errors import InputError
+
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise InputError(f"{command} needs {error.name}: pip install 'dualfocus[cpu,train]'") from None
+
+
+@contextmanager
+def _progress() -> Iterator[Watch]:
+    """A bar on a terminal, for what benchmarks tell of their progress."""
+    from rich.progress import Progress
+
+    with Progress(console=_stderr(), transient=True, disable=not _watched(sys.stderr)) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda doing, done, total: bar.update(task, description=doing, completed=done, total=total)
+
+
+def _report(
+    result: dict[str, Any], show: Callable[[dict[str, Any], Console], None], *, as_json: bool, save: bool
+) -> None:
+    if as_json:
+        print(json.dumps(result))
+    else:
+        show(result, _console())
+    if save:
+        from dualfocus.bench import harness
+
+        harness.save(result)
+
+
+def _check_plot(path: Path | None) -> None:
+    """Refuse before anything is measured what could not be drawn afterwards."""
+    from dualfocus.runtime.errors import InputError
+
+    if path is None:
+        return
+    if path.suffix.lower() not in (".svg", ".png"):
+        raise InputError(f"--plot {path}: {path.suffix or 'no suffix'}, expected .svg or .png")
+    _check_writable("--plot", path)
 
 
 def _watched(stream: TextIO | None) -> bool:
@@ -231,6 +392,15 @@ class _Waiting:
         if self._status is not None:
             self._status.update(stage.replace("_", " "))
 
+    def follow(self, events: Iterable[Event]) -> FocusResult:
+        """Say the stages of an answer as they come; returns what comes last, its result."""
+        from dualfocus.runtime import Stage
+
+        for event in events:
+            if isinstance(event, Stage):
+                self.say(event.name)
+        return _result(event)
+
     def __enter__(self) -> None:
         if self._status is not None:
             self._timer = threading.Timer(SPINNER_AFTER, self._status.start)
@@ -242,6 +412,40 @@ class _Waiting:
             self._timer.cancel()
             self._timer.join()
             self._status.stop()
+
+
+def _watch(events: Iterable[Event]) -> FocusResult:
+    """Show an answer on the terminal while it comes about: the macro answer, the region, the micro answer."""
+    from rich.live import Live
+    from rich.table import Table
+
+    from dualfocus.runtime import Region, ReplyToken, Stage
+
+    lines: dict[str, str] = {}
+    stage = ""
+    with Live(console=_console(), transient=True) as live:
+        for event in events:
+            match event:
+                case Stage(name):
+                    stage = name.replace("_", " ")
+                case ReplyToken("macro" | "micro" as reply, _, text):
+                    lines[reply] = lines.get(reply, "") + text
+                case Region(box, _, problem):
+                    lines["region"] = problem or _corners(cast("Box", box))
+            rows = Table.grid(padding=(0, 2))
+            for name, line in lines.items():
+                rows.add_row(name, _text(line))
+            rows.add_row(_text(stage, "dim"), "")
+            live.update(rows)
+    return _result(event)
+
+
+def _result(event: Event) -> FocusResult:
+    """The last event of a stream."""
+    from dualfocus.runtime import FocusResult
+
+    assert isinstance(event, FocusResult)
+    return event
 
 
 def _check_show(path: Path, picture: str, questions: list[str]) -> None:
@@ -256,13 +460,19 @@ def _check_show(path: Path, picture: str, questions: list[str]) -> None:
         raise InputError(
             f"--show {path}: {path.suffix or 'no suffix'} names no picture format, expected .png"
         )
+    _check_writable("--show", path)
+    if os.path.exists(path) and os.path.exists(picture) and os.path.samefile(path, picture):
+        raise InputError(f"--show {path}: is the picture itself, which would be lost")
+
+
+def _check_writable(option: str, path: Path) -> None:
+    from dualfocus.runtime.errors import InputError
+
     if not os.path.isdir(path.parent):  # unlike Path.is_dir, it raises nothing
-        raise InputError(f"--show {path}: the folder {path.parent} does not exist")
+        raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
     exists = os.path.exists(path)
     if os.path.isdir(path) or not all(os.access(p, os.W_OK) for p in [path.parent, path][: 1 + exists]):
-        raise InputError(f"--show {path}: cannot be written")
-    if exists and os.path.exists(picture) and os.path.samefile(path, picture):
-        raise InputError(f"--show {path}: is the picture itself, which would be lost")
+        raise InputError(f"{option} {path}: cannot be written")
 
 
 def _save(image: PillowImage, path: Path) -> None:
@@ -290,15 +500,18 @@ def _print_result(result: FocusResult, question: str | None) -> None:
             loss = "" if answer.loss is None else f"loss {answer.loss:.3f}"
             rows.add_row(name, _text(answer.text, "bold" if chosen else ""), _text(loss, "dim"), "←" * chosen)
         if name == "macro" and result.box is not None:
-            region = ", ".join(f"{side:.0f}" for side in result.box.corners)
             zoom = "" if result.crop is None else f"zoomed to {list(result.crop)}"
-            rows.add_row("region", _text(f"[{region}]"), _text(zoom, "dim"))
+            rows.add_row("region", _text(_corners(result.box)), _text(zoom, "dim"))
     counters, times = result.counters, dict(result.times_ms)
     total = times.pop("total")
     stages = ", ".join(f"{stage.replace('_', ' ')} {ms:.0f}" for stage, ms in times.items())
+    steps = f"{counters.decode_steps} decode steps"
+    if counters.decode_rows > counters.decode_steps:
+        steps += f" for {counters.decode_rows / counters.decode_steps:.1f} rows each"
     work = (
         f"{counters.vision_encodes} images encoded, {counters.tokens_prefilled} tokens prefilled, "
-        f"{counters.tokens_reused} reused, {counters.decode_steps} decoded"
+        f"{counters.tokens_reused} reused; {steps}, {counters.tokens_forced} tokens forced, "
+        f"{counters.tokens_accepted} of {counters.tokens_drafted} drafted ones taken"
     )
     console = _console()
     if question is not None:
@@ -306,9 +519,15 @@ def _print_result(result: FocusResult, question: str | None) -> None:
     console.print(_text(result.answer, "bold green"))
     if result.fallback:
         console.print(_text(f"no micro answer: {result.fallback}", "yellow"))
+    if result.skipped:
+        console.print(_text("sure enough of the macro answer not to look closer", "yellow"))
     console.print(rows)
     console.print(_text(f"{total:.0f} ms: {stages}", "dim"))
     console.print(_text(work, "dim"))
+
+
+def _corners(box: Box) -> str:
+    return f"[{', '.join(f'{side:.0f}' for side in box.corners)}]"
 
 
 def _print_manifest(manifest: Manifest, *, verified: bool) -> None:

@@ -2,5 +2,6 @@
 
 from dualfocus.export.bundle import export_bundle
 from dualfocus.export.errors import ExportError
+from dualfocus.export.shapes import SHAPES, Shape
 
-__all__ = ["ExportError", "export_bundle"]
+__all__ = ["SHAPES", "ExportError", "Shape", "export_bundle"]

@@ -1,4 +1,4 @@
-"""`export_bundle`: checkpoint folder -> bundle folder, complete or not at all.
+"""`export_bundle`: checkpoint folder, or random weights -> bundle folder, complete or not at all.
 
 Everything is written into a hidden folder beside the target, its manifest last, and only a bundle
 whose graphs agreed with torch is renamed into place. An interrupted export leaves a hidden folder
@@ -22,17 +22,20 @@ from pathlib import Path
 import numpy as np
 
 from dualfocus.export.errors import ExportError
+from dualfocus.export.shapes import Shape
 from dualfocus.runtime.manifest import FileEntry, Manifest
 
 
 def export_bundle(
-    checkpoint: Path,
+    checkpoint: Path | Shape,
     out: Path,
     *,
     ragged_append: bool = True,
     progress: Callable[[str], None] = print,
 ) -> Manifest:
-    """Export the Hugging Face LLaVA checkpoint in `checkpoint` as the bundle `out`.
+    """Export the Hugging Face LLaVA checkpoint in the folder `checkpoint` as the bundle `out`.
+
+    Given a `Shape`, its model of random weights instead, which is never written as a checkpoint.
 
     A bundle already at `out` is replaced; any other non-empty folder is left alone. `ragged_append`
     gives the decoder the input that ONNX Runtime before 1.32 does not know. `progress` gets one line
@@ -43,12 +46,17 @@ def export_bundle(
     try:
         from dualfocus.export import checkpoint as checkpoints
         from dualfocus.export.decoder import export_decoder
+        from dualfocus.export.random_weights import random_checkpoint
         from dualfocus.export.verify import verify
         from dualfocus.export.vision import export_vision
     except ModuleNotFoundError as error:
         raise ExportError(f"export needs {error.name}: pip install 'dualfocus[export,cpu]'") from error
     with _quiet():
-        loaded = checkpoints.load(checkpoint)
+        if isinstance(checkpoint, Shape):
+            progress(f"random weights of shape {checkpoint.name}")
+            loaded = random_checkpoint(checkpoint)
+        else:
+            loaded = checkpoints.load(checkpoint)
     manifest = checkpoints.describe(loaded, ragged_append=ragged_append)
     out.parent.mkdir(parents=True, exist_ok=True)
     with _folder_beside(out) as folder:

@@ -7,6 +7,7 @@ folder has one, ``dualfocus.json``, in which a checkpoint declares what no Huggi
     name            str   default: the folder's name
     prompts         dict  any of `Prompts`' fields; the others stay the DualFocus table's
     coordinates     "original" | "padded" | "model"   default: "original", as DualFocus was trained
+    box             dict (`BoxFormat`) | null         default: DualFocus's; null for "model" coordinates
     select          "reference" | "answer"            default: "reference"
     max_new_tokens  int                               default: 128
     fit             "pad" | "crop"                    default: what the preprocessor does
@@ -29,7 +30,7 @@ from dualfocus import __version__
 from dualfocus.export import decoder
 from dualfocus.export.errors import ExportError
 from dualfocus.runtime.errors import BundleError
-from dualfocus.runtime.manifest import FORMAT_VERSION, Manifest, TokenSpec
+from dualfocus.runtime.manifest import FORMAT_VERSION, BoxFormat, Manifest, TokenSpec
 from dualfocus.runtime.turns import DUALFOCUS
 
 DEFAULTS = {"coordinates": "original", "select": "reference", "max_new_tokens": 128}
@@ -40,7 +41,7 @@ BICUBIC = 3  # Pillow's number for it, which preprocessor files use
 class Checkpoint:
     """A checkpoint in memory: float32 model in evaluation mode, tokenizer, and what the folder declares."""
 
-    folder: Path
+    name: str  # the folder's
     model: LlavaForConditionalGeneration
     tokenizer: Tokenizer
     tokens: TokenSpec
@@ -73,25 +74,28 @@ def load(folder: Path) -> Checkpoint:
     rows, highest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise ExportError(f"the tokenizer gives ids up to {highest}, the model knows {rows} tokens")
-    return Checkpoint(folder, model, tokenizer, TokenSpec(bos, tuple(ends)), preprocessor, declared)
+    return Checkpoint(
+        folder.resolve().name, model, tokenizer, TokenSpec(bos, tuple(ends)), preprocessor, declared
+    )
 
 
 def describe(checkpoint: Checkpoint, *, ragged_append: bool) -> Manifest:
     """The manifest of the bundle to be written, its `files` still empty."""
     model, declared = checkpoint.model, checkpoint.declared
-    known = {"name", "prompts", "fit", *DEFAULTS}
+    known = {"name", "prompts", "box", "fit", *DEFAULTS}
     if unknown := sorted(declared.keys() - known):
         raise ExportError(
             f"dualfocus.json: unknown key {unknown[0]!r}, expected one of {', '.join(sorted(known))}"
         )
     image = _image(checkpoint)
     prompts = declared.get("prompts", {})
+    box = None if declared.get("coordinates") == "model" else dataclasses.asdict(BoxFormat())
     raw = {
         "format_version": FORMAT_VERSION,
-        "name": declared.get("name", checkpoint.folder.resolve().name),
+        "name": declared.get("name", checkpoint.name),
         "created_by": f"dualfocus {__version__}",
         "source": {
-            "checkpoint": checkpoint.folder.resolve().name,
+            "checkpoint": checkpoint.name,
             "architecture": type(model).__name__,
             "vision_tower": model.config.vision_config.model_type,
             "language_model": model.config.text_config.model_type,
@@ -100,6 +104,7 @@ def describe(checkpoint: Checkpoint, *, ragged_append: bool) -> Manifest:
         "decoder": dataclasses.asdict(decoder.describe(model, ragged_append=ragged_append)),
         "tokens": dataclasses.asdict(checkpoint.tokens),
         "prompts": dataclasses.asdict(DUALFOCUS) | prompts if isinstance(prompts, dict) else prompts,
+        "box": declared.get("box", box),
         **{key: declared.get(key, default) for key, default in DEFAULTS.items()},
         "files": {},
     }

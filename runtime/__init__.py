@@ -12,10 +12,11 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 from dualfocus.runtime.bundle import Bundle
 from dualfocus.runtime.errors import BundleError, EngineError, InputError, PictureError, QuestionError
+from dualfocus.runtime.geometry import Region
 from dualfocus.runtime.image import open_picture
 from dualfocus.runtime.plain import PlainRunner
-from dualfocus.runtime.result import FocusResult
-from dualfocus.runtime.scheduler import FocusRunner
+from dualfocus.runtime.result import FocusResult, ReplyToken, Stage
+from dualfocus.runtime.scheduler import FocusRunner, Session
 
 __all__ = [
     "Bundle",
@@ -27,5 +28,9 @@ __all__ = [
     "PictureError",
     "PlainRunner",
     "QuestionError",
+    "Region",
+    "ReplyToken",
+    "Session",
+    "Stage",
     "open_picture",
 ]

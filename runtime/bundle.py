@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer
 
 from dualfocus.runtime.engines import Decoder, Floats, VisionEncoder
 from dualfocus.runtime.errors import BundleError
+from dualfocus.runtime.grammar import BoxGrammar
 from dualfocus.runtime.manifest import Manifest
 
 BUILT_IN = Path(__file__).parent.parent / "models" / "nano"
@@ -36,6 +38,11 @@ class Bundle:
     decoder: Decoder
     tokenizer: Tokenizer
     embeddings: Floats  # (vocabulary, hidden), memory-mapped
+
+    @cached_property
+    def grammar(self) -> BoxGrammar | None:
+        """The box replies' grammar, if the manifest and the tokenizer allow for one."""
+        return BoxGrammar.build(self.manifest, self.tokenizer)
 
     @classmethod
     def open(cls, path: Path | str = BUILT_IN, *, threads: int | None = None) -> Bundle:

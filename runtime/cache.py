@@ -6,10 +6,26 @@ makes a kept prefix exact: its entries do not depend on what follows.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
 from dualfocus.runtime.manifest import DecoderSpec
+
+Entries = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of the first entries of a row: per layer, keys then values, (kv_heads, length, head_size)."""
+
+    entries: tuple[Entries, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(array.nbytes for array in self.entries)
 
 
 class KVCache:
@@ -20,22 +36,35 @@ class KVCache:
         shape = (rows, spec.kv_heads, capacity, spec.head_size)
         self.capacity = capacity
         self.lengths = [0] * rows
-        self.keys: list[npt.NDArray[np.float32]] = [np.zeros(shape, spec.dtype) for _ in range(spec.layers)]
-        self.values: list[npt.NDArray[np.float32]] = [np.zeros(shape, spec.dtype) for _ in range(spec.layers)]
+        self.keys: list[Entries] = [np.zeros(shape, spec.dtype) for _ in range(spec.layers)]
+        self.values: list[Entries] = [np.zeros(shape, spec.dtype) for _ in range(spec.layers)]
 
     @property
     def nbytes(self) -> int:
         """Bytes reserved: 2 x layers x rows x KV heads x capacity x head size x 4."""
         return sum(array.nbytes for array in self.keys + self.values)
 
-    def fork(self, source: int, target: int) -> None:
-        """Make row `target` hold what row `source` holds."""
-        length = self.lengths[source]
-        for array in self.keys + self.values:
-            array[target, :, :length] = array[source, :, :length]
-        self.lengths[target] = length
-
     def truncate(self, row: int, length: int) -> None:
         """Forget what row `row` holds beyond `length` tokens."""
         assert 0 <= length <= self.lengths[row], f"row {row} holds {self.lengths[row]} tokens, not {length}"
+        self.lengths[row] = length
+
+    def fork(self, source: int, target: int, length: int, kept: int = 0) -> None:
+        """Make row `target` hold the first `length` tokens of row `source`; it already has `kept` of them."""
+        assert kept <= self.lengths[target], f"row {target} holds {self.lengths[target]} tokens, not {kept}"
+        assert kept <= length <= self.lengths[source], f"row {source} holds {self.lengths[source]} tokens"
+        for array in self.keys + self.values:
+            array[target, :, kept:length] = array[source, :, kept:length]
+        self.lengths[target] = length
+
+    def save(self, row: int, length: int) -> Snapshot:
+        """A copy of the first `length` tokens of row `row`."""
+        assert length <= self.lengths[row], f"row {row} holds {self.lengths[row]} tokens, not {length}"
+        return Snapshot(tuple(array[row, :, :length].copy() for array in self.keys + self.values))
+
+    def load(self, row: int, snapshot: Snapshot) -> None:
+        """Make row `row` hold what `snapshot` does."""
+        length = snapshot.entries[0].shape[1]
+        for array, entries in zip(self.keys + self.values, snapshot.entries, strict=True):
+            array[row, :, :length] = entries
         self.lengths[row] = length

@@ -23,8 +23,14 @@ class VisionEncoder(Protocol):
 class Decoder(Protocol):
     """The language model over input embeddings and a cache."""
 
-    def extend(self, cache: KVCache, row: int, embeddings: Floats, logits_at: Sequence[int]) -> Floats:
-        """Append (L, D) `embeddings` to a row of `cache`, in place.
+    def extend(
+        self,
+        cache: KVCache,
+        rows: Sequence[int],
+        embeddings: Sequence[Floats],
+        logits_at: Sequence[Sequence[int]],
+    ) -> list[Floats]:
+        """Append to several `rows` of `cache`, in place: (L, D) `embeddings` each, L >= 1 of its own.
 
-        Returns (K, vocabulary) logits after each of the K positions `logits_at`, counted in 0..L-1.
+        Returns for each row the (K, vocabulary) logits after its positions `logits_at`, counted in 0..L-1.
         """

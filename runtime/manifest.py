@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from typing import Any, Literal
 
 from dualfocus.runtime.errors import BundleError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Fit = Literal["pad", "crop"]
 CoordinateSpace = Literal["original", "padded", "model"]
@@ -124,6 +125,34 @@ class Prompts:
 
 
 @dataclass(frozen=True)
+class BoxFormat:
+    """How a checkpoint writes a box of fractions; the defaults are how DualFocus checkpoints do.
+
+    `text` has the placeholders {x0}, {y0}, {x1}, {y1}, each a number of `decimals` places in 0..1.
+    """
+
+    text: str = "[{x0}, {y0}, {x1}, {y1}]"
+    decimals: int = 2
+
+    def write(self, x0: float, y0: float, x1: float, y1: float) -> str:
+        """The reply that names this box."""
+        numbers = (f"{number:.{self.decimals}f}" for number in (x0, y0, x1, y1))
+        return self.text.format(**dict(zip(("x0", "y0", "x1", "y1"), numbers, strict=True)))
+
+    def check(self) -> None:
+        """Raise BundleError for a format whose boxes `geometry.find_region` would not read back."""
+        frame, between = r"[^\d{}]*", r",\s*"
+        numbers = between.join((r"\{x0\}", r"\{y0\}", r"\{x1\}", r"\{y1\}"))
+        if self.text != self.text.strip() or not re.fullmatch(frame + numbers + frame, self.text):
+            expected = (
+                "{x0}, {y0}, {x1}, {y1} once each in this order, with commas between and no digits around"
+            )
+            raise _wrong("box.text", self.text, expected)
+        if not 1 <= self.decimals <= 4:
+            raise _wrong("box.decimals", self.decimals, "1 to 4")
+
+
+@dataclass(frozen=True)
 class TokenSpec:
     """Special tokens: `bos` opens every dialogue (None: nothing does), any of `eos` ends a reply."""
 
@@ -144,6 +173,7 @@ class Manifest:
     tokens: TokenSpec
     prompts: Prompts
     coordinates: CoordinateSpace  # what the model's box numbers are fractions (or pixels) of
+    box: BoxFormat | None  # None: box replies are decoded freely, as pixels ("model") always are
     select: SelectRule
     max_new_tokens: int
     files: dict[str, FileEntry]
@@ -160,8 +190,18 @@ class Manifest:
             raise BundleError(f"bundle format version {version!r}, expected {FORMAT_VERSION}{hint}")
         manifest: Manifest = _build(cls, raw, "")
         manifest.prompts.check()
+        manifest._check_box()
         manifest._check_numbers()
         return manifest
+
+    def _check_box(self) -> None:
+        if self.box is None:
+            return
+        if self.coordinates == "model":
+            raise _wrong(
+                "box", self.box.text, "null where coordinates is 'model', for these are no fractions"
+            )
+        self.box.check()
 
     def _check_numbers(self) -> None:
         """Raise BundleError for a number of the right type that no model has."""

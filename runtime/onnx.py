@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -89,36 +90,77 @@ class OnnxDecoder:
             inputs[f"past_key_values.{layer}.value"] = past
         self._spec = spec
         self._session = _open(path, threads, inputs, {"logits": [None, None, spec.vocabulary]})
+        self._bindings: WeakKeyDictionary[KVCache, dict[tuple[int, int], Any]] = WeakKeyDictionary()
 
-    def extend(self, cache: KVCache, row: int, embeddings: Floats, logits_at: Sequence[int]) -> Floats:
-        new = len(embeddings)
-        length = cache.lengths[row] + new
-        assert new, "nothing to append"
-        assert length <= cache.capacity, f"{length} tokens in a row of {cache.capacity}"
+    def extend(
+        self,
+        cache: KVCache,
+        rows: Sequence[int],
+        embeddings: Sequence[Floats],
+        logits_at: Sequence[Sequence[int]],
+    ) -> list[Floats]:
+        assert len(set(rows)) == len(rows), f"a row twice in one call: {rows}"
+        longest = max(map(len, embeddings))
+        if self._spec.ragged_append:  # each row of the call has to have room for the padding too
+            together = max(cache.lengths[min(rows) : max(rows) + 1]) + longest <= cache.capacity
+        else:
+            together = longest == 1 and max(rows) - min(rows) == len(rows) - 1
+        if together:
+            return self._run(cache, rows, embeddings, logits_at)
+        each = zip(rows, embeddings, logits_at, strict=True)
+        return [logits for row, new, at in each for logits in self._run(cache, [row], [new], [at])]
+
+    def _run(
+        self,
+        cache: KVCache,
+        rows: Sequence[int],
+        embeddings: Sequence[Floats],
+        logits_at: Sequence[Sequence[int]],
+    ) -> list[Floats]:
+        """One call of the graph, over all rows from the first to the last; those not asked for stay idle."""
+        first, stop = min(rows), max(rows) + 1
+        batch, longest, wanted = stop - first, max(map(len, embeddings)), max(map(len, logits_at))
+        padded = np.zeros((batch, longest, self._spec.hidden), np.float32)
+        at = np.zeros((batch, wanted), np.int64)
+        new = np.zeros(batch, np.int32)
+        for row, chunk, positions in zip(rows, embeddings, logits_at, strict=True):
+            assert len(chunk), "nothing to append"
+            padded[row - first, : len(chunk)] = chunk
+            at[row - first, : len(positions)] = positions
+            new[row - first] = len(chunk)
+        lengths = np.array(cache.lengths[first:stop], np.int32) + new
+        assert lengths.max() <= cache.capacity, f"{lengths.max()} tokens in a row of {cache.capacity}"
         arrays: dict[str, npt.NDArray[Any]] = {
-            "inputs_embeds": np.ascontiguousarray(embeddings[None], np.float32),  # (1, L, D)
-            "seqlens_k": np.array([length - 1], np.int32),
-            "total_sequence_length": np.array(length, np.int32),
-            "logits_at": np.array([logits_at], np.int64),  # (1, K)
+            "inputs_embeds": padded,
+            "seqlens_k": np.maximum(lengths, 1) - 1,  # an idle row may be empty
+            "total_sequence_length": np.array(lengths.max()),
+            "logits_at": at,
         }
         if self._spec.ragged_append:
-            arrays["query_seqlens"] = np.array([new], np.int32)
-        logits = np.empty((1, len(logits_at), self._spec.vocabulary), np.float32)
+            arrays["query_seqlens"] = new
+        logits = np.empty((batch, wanted, self._spec.vocabulary), np.float32)
 
-        binding = self._session.io_binding()
+        binding = self._bound_to(cache, first, stop)
         for name, array in arrays.items():
             _bind(binding.bind_input, name, array)
         _bind(binding.bind_output, "logits", logits)
-        for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
-            for kind, of_layer in (("key", keys), ("value", values)):
-                _bind(binding.bind_input, f"past_key_values.{layer}.{kind}", of_layer[row : row + 1])
-                _bind(binding.bind_output, f"present.{layer}.{kind}", of_layer[row : row + 1])
         self._session.run_with_iobinding(binding)
-        cache.lengths[row] = length
-        result: Floats = logits[0]
-        return result
+        for row, chunk in zip(rows, embeddings, strict=True):
+            cache.lengths[row] += len(chunk)
+        return [logits[row - first, : len(of)] for row, of in zip(rows, logits_at, strict=True)]
+
+    def _bound_to(self, cache: KVCache, first: int, stop: int) -> Any:
+        """Rows of `cache` bound as past and as present, once for all calls: their memory stays in place."""
+        bindings = self._bindings.setdefault(cache, {})
+        if (first, stop) not in bindings:
+            bindings[first, stop] = binding = self._session.io_binding()
+            for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
+                for kind, of_layer in (("key", keys), ("value", values)):
+                    _bind(binding.bind_input, f"past_key_values.{layer}.{kind}", of_layer[first:stop])
+                    _bind(binding.bind_output, f"present.{layer}.{kind}", of_layer[first:stop])
+        return bindings[first, stop]
 
 
 def _bind(bind: Any, name: str, array: npt.NDArray[Any]) -> None:
     """Bind host memory by its address: `array` has to live until the run is over."""
-    bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    bind(name, "cpu", 0, array.dtype, array.shape, array.__array_interface__["data"][0])

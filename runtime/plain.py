@@ -14,12 +14,14 @@ import numpy as np
 
 from dualfocus.runtime.bundle import Bundle
 from dualfocus.runtime.cache import KVCache
+from dualfocus.runtime.engines import Floats
 from dualfocus.runtime.geometry import Crop, Region, find_region
+from dualfocus.runtime.grammar import BoxCursor
 from dualfocus.runtime.image import Picture, view, whole
 from dualfocus.runtime.manifest import SelectRule
 from dualfocus.runtime.result import Answer, Counters, FocusResult, Generation, Mode, StageClock
 from dualfocus.runtime.selection import loss
-from dualfocus.runtime.sequence import LogProbs, embed, log_softmax
+from dualfocus.runtime.sequence import embed, log_softmax
 from dualfocus.runtime.turns import Prompt, Turns, micro_answer
 
 
@@ -31,10 +33,13 @@ class PlainRunner:
         bundle: Bundle,
         *,
         select: SelectRule | None = None,
-        on_stage: Callable[[str], None] | None = None,
+        free_box: bool = True,
+        on_stage: Callable[[str], None] = lambda _: None,
     ) -> None:
+        """`free_box` as in `scheduler.FocusRunner`; `on_stage` is told each stage's name as it begins."""
         self._bundle = bundle
         self._select = select or bundle.manifest.select
+        self._grammar = None if free_box else bundle.grammar
         self._on_stage = on_stage
 
     def ask(
@@ -44,35 +49,41 @@ class PlainRunner:
         manifest = self._bundle.manifest
         turns = Turns(manifest, self._bundle.tokenizer, question)
         turns.check_length(macro_only=mode == "macro")
-        clock, counters = StageClock(self._on_stage), Counters()
+        clock, counters = StageClock(), Counters()
         model = _Model(self._bundle, picture, counters)
         crops = {"whole": whole(picture)}
         macro = located = micro = None
         region = Region()
 
+        def enter(stage: str) -> None:
+            self._on_stage(stage)
+            clock.enter(stage)
+
         if mode != "micro":
-            with clock("macro"):
-                macro = Answer.of(model.generate(turns.macro("whole"), crops))
+            enter("macro")
+            macro = Answer.of(model.generate(turns.macro("whole"), crops))
         if mode != "macro":
             if box_reply is None:
-                with clock("locate"):
-                    located = model.generate(turns.locate("whole"), crops)
+                enter("locate")
+                cursor = self._grammar.start() if self._grammar else None
+                located = model.generate(turns.locate("whole"), crops, cursor)
                 box_reply = located.text
             height, width = picture.shape[:2]
             region = find_region(box_reply, manifest.coordinates, width, height, manifest.image)
             if region.crop is not None:
                 crops["crop"] = region.crop
-                with clock("micro"):
-                    prompt = turns.micro("whole", "crop", box_reply)
-                    micro = Answer.of(model.generate(prompt, crops), micro_answer)
+                enter("micro")
+                micro = Answer.of(
+                    model.generate(turns.micro("whole", "crop", box_reply), crops), micro_answer
+                )
             elif macro is None:
-                with clock("macro"):
-                    macro = Answer.of(model.generate(turns.macro("whole"), crops))
+                enter("macro")
+                macro = Answer.of(model.generate(turns.macro("whole"), crops))
             if macro and micro and macro.text != micro.text:
-                with clock("select"):
-                    candidate = partial(turns.select, "whole", "crop", box_reply)
-                    macro = replace(macro, loss=self._loss(model.score(candidate(macro.text), crops)))
-                    micro = replace(micro, loss=self._loss(model.score(candidate(micro.text), crops)))
+                enter("select")
+                candidate = partial(turns.select, "whole", "crop", box_reply)
+                macro = replace(macro, loss=self._loss(model.score(candidate(macro.text), crops)))
+                micro = replace(micro, loss=self._loss(model.score(candidate(micro.text), crops)))
         return FocusResult.conclude(macro, located, region, micro, counters, clock.stop())
 
     def _loss(self, logprobs: tuple[list[float], list[float]]) -> float:
@@ -87,36 +98,46 @@ class _Model:
         self._picture = picture
         self._counters = counters
 
-    def generate(self, prompt: Prompt, crops: Mapping[str, Crop]) -> Generation:
-        manifest = self._bundle.manifest
-        cache, (following,) = self._prefill(prompt, crops, [len(prompt.tokens) - 1])
+    def generate(
+        self, prompt: Prompt, crops: Mapping[str, Crop], cursor: BoxCursor | None = None
+    ) -> Generation:
+        """A greedy reply; with a `cursor`, among the tokens that it allows."""
+        bundle, manifest = self._bundle, self._bundle.manifest
+        cache, (logits,) = self._prefill(prompt, crops, [len(prompt.tokens) - 1])
         tokens: list[int] = []
         logprobs: list[float] = []
         while True:
-            token = int(np.argmax(following))
+            if cursor is None:
+                token = int(np.argmax(logits))
+            else:
+                token = max(cursor.allowed, key=lambda allowed: (logits[allowed], -allowed))
+                cursor.advance(token)
             tokens.append(token)
-            logprobs.append(float(following[token]))
-            self._counters.decode_steps += 1
+            logprobs.append(log_softmax(logits, token))
             full = len(tokens) == manifest.max_new_tokens or cache.lengths[0] == cache.capacity
             if token in manifest.tokens.eos or full:
-                text = self._bundle.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+                text = bundle.tokenizer.decode(tokens, skip_special_tokens=True).strip()
                 return Generation(text, tuple(tokens), tuple(logprobs))
-            (following,) = log_softmax(
-                self._bundle.decoder.extend(cache, 0, self._bundle.embeddings[[token]], [0])
-            )
+            ((logits,),) = bundle.decoder.extend(cache, [0], [bundle.embeddings[[token]]], [[0]])
+            self._counters.decode_steps += 1
+            self._counters.decode_rows += 1
 
     def score(self, prompt: Prompt, crops: Mapping[str, Crop]) -> tuple[list[float], list[float]]:
         """The log-probabilities of the tokens of the two replies in `prompt`: the box, and a candidate."""
         positions = [at for reply in prompt.replies for at in reply]
         _, rows = self._prefill(prompt, crops, [at - 1 for at in positions])
-        logprobs = {at: float(row[prompt.tokens[at]]) for at, row in zip(positions, rows, strict=True)}
+        logprobs: dict[int, float] = {}
+        for at, logits in zip(positions, rows, strict=True):
+            token = prompt.tokens[at]
+            assert isinstance(token, int)
+            logprobs[at] = log_softmax(logits, token)
         box, candidate = ([logprobs[at] for at in reply] for reply in prompt.replies)
         return box, candidate
 
     def _prefill(
         self, prompt: Prompt, crops: Mapping[str, Crop], logits_at: Sequence[int]
-    ) -> tuple[KVCache, LogProbs]:
-        """A cache that holds `prompt`, and (K, vocabulary) log-probabilities after K of its positions."""
+    ) -> tuple[KVCache, Floats]:
+        """A cache that holds `prompt`, and the (K, vocabulary) logits after K of its positions."""
         bundle, spec = self._bundle, self._bundle.manifest.decoder
         # in the order shown, not a set's: another place in the batch may round otherwise
         seen = dict.fromkeys(token.image for token in prompt.tokens if not isinstance(token, int))
@@ -126,4 +147,5 @@ class _Model:
         self._counters.tokens_prefilled += len(prompt.tokens)
         cache = KVCache(spec, rows=1, capacity=spec.context)
         embeddings = embed(prompt.tokens, bundle.embeddings, features)
-        return cache, log_softmax(bundle.decoder.extend(cache, 0, embeddings, logits_at))
+        (logits,) = bundle.decoder.extend(cache, [0], [embeddings], [logits_at])
+        return cache, logits

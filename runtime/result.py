@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from dualfocus.runtime.geometry import Box, Crop, Region
 
 Mode = Literal["dual", "macro", "micro"]
 Pass = Literal["macro", "micro"]
+ReplyName = Literal["macro", "locate", "micro"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,12 @@ class Generation:
 
     text: str
     tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    logprobs: tuple[float, ...]  # nan where a forced token's was never needed
+
+    @property
+    def confidence(self) -> float:
+        """The geometric mean of the tokens' probabilities."""
+        return math.exp(sum(self.logprobs) / len(self.logprobs))
 
 
 @dataclass(frozen=True)
@@ -32,40 +38,66 @@ class Answer:
     loss: float | None = None
 
     @classmethod
-    def of(cls, generation: Generation, finish: Callable[[str], str] = str) -> Answer:
+    def of(
+        cls, generation: Generation, finish: Callable[[str], str] = str, loss: float | None = None
+    ) -> Answer:
         """A reply as an answer; `finish` makes the final text of it."""
-        return cls(finish(generation.text), generation)
+        return cls(finish(generation.text), generation, loss)
 
 
 @dataclass
 class Counters:
-    """What an answer cost. `tokens_prefilled` + `tokens_reused` is what the plain protocol prefills."""
+    """What an answer cost. `tokens_prefilled` + `tokens_reused` is what the plain protocol prefills.
+
+    Of several questions asked at once, each counts the images that were encoded for it first, and the
+    decoder calls that it took part in.
+    """
 
     vision_encodes: int = 0  # images encoded
     tokens_prefilled: int = 0  # prompt tokens computed
-    tokens_reused: int = 0  # prompt tokens that were in the cache
-    decode_steps: int = 0  # decoder calls that choose a token, the prefill before a reply among them
+    tokens_reused: int = 0  # prompt tokens that did not have to be
+    tokens_forced: int = 0  # reply tokens the grammar left no choice about
+    tokens_drafted: int = 0  # reply tokens computed before they were chosen, forced ones apart
+    tokens_accepted: int = 0  # drafted tokens that were chosen
+    decode_steps: int = 0  # decoder calls that go on with a reply; one for all rows
+    decode_rows: int = 0  # rows those calls went on with, so that rows / steps is the mean batch
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the work begins."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class ReplyToken:
+    """A reply goes on. `text` is what it adds: nothing, if it ends the reply or is part of a character."""
+
+    reply: ReplyName
+    token: int
+    text: str
 
 
 class StageClock:
-    """Times stages, adding up those entered again; `on_stage` is told each one's name as it begins."""
+    """Times stages, one after the other, adding up those entered again."""
 
-    def __init__(self, on_stage: Callable[[str], None] | None = None) -> None:
-        self._on_stage = on_stage
-        self._start = time.perf_counter()
+    def __init__(self) -> None:
+        self._start = self._entered = time.perf_counter()
+        self._stage: str | None = None
         self._times: dict[str, float] = {}
 
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        if self._on_stage is not None:
-            self._on_stage(stage)
-        start = time.perf_counter()
-        yield
-        self._times[stage] = self._times.get(stage, 0) + 1e3 * (time.perf_counter() - start)
+    def enter(self, stage: str | None) -> None:
+        """`stage` begins, and what was entered before ends."""
+        now = time.perf_counter()
+        if self._stage is not None:
+            self._times[self._stage] = self._times.get(self._stage, 0) + 1e3 * (now - self._entered)
+        self._stage, self._entered = stage, now
 
     def stop(self) -> dict[str, float]:
         """Milliseconds of every stage, and of everything since this clock was made."""
-        return {**self._times, "total": 1e3 * (time.perf_counter() - self._start)}
+        self.enter(None)
+        return {**self._times, "total": 1e3 * (self._entered - self._start)}
 
 
 @dataclass(frozen=True)
@@ -74,6 +106,7 @@ class FocusResult:
 
     answer: str
     chosen: Pass
+    skipped: bool  # the macro answer was sure enough not to look closer
     fallback: str | None  # why no micro answer could be had
     box: Box | None  # in pixels of the upright picture
     crop: Crop | None
@@ -92,6 +125,8 @@ class FocusResult:
         micro: Answer | None,
         counters: Counters,
         times_ms: dict[str, float],
+        *,
+        skipped: bool = False,
     ) -> FocusResult:
         """Choose the lower loss, macro where both are equal or not scored; a pass that is alone wins."""
         chosen: Pass = "macro"
@@ -104,6 +139,7 @@ class FocusResult:
         return cls(
             answer.text,
             chosen,
+            skipped,
             region.problem,
             region.box,
             region.crop,
@@ -115,15 +151,19 @@ class FocusResult:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form of the command line, schema 1."""
+        """The JSON form of the command line, schema 2."""
 
         def brief(answer: Answer | None) -> dict[str, Any] | None:
-            return None if answer is None else {"text": answer.text, "loss": answer.loss}
+            if answer is None:
+                return None
+            confidence = round(answer.generation.confidence, 6)
+            return {"text": answer.text, "loss": answer.loss, "confidence": confidence}
 
         return {
-            "schema": 1,
+            "schema": 2,
             "answer": self.answer,
             "chosen": self.chosen,
+            "skipped": self.skipped,
             "fallback": self.fallback,
             "box": None if self.box is None else list(self.box.corners),
             "crop": None if self.crop is None else list(self.crop),
@@ -132,3 +172,6 @@ class FocusResult:
             "counters": asdict(self.counters),
             "times_ms": {stage: round(ms, 3) for stage, ms in self.times_ms.items()},
         }
+
+
+Event = Stage | ReplyToken | Region | FocusResult  # what a question's stream consists of; the result is last

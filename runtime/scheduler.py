@@ -1,18 +1,16 @@
-"""The protocol with everything reused that may be: the same answers as `plain`, for a fraction.
+"""The protocol with every exact saving taken: the same answers as `plain`, for a fraction.
 
-All prompts of a question go through one `CachedSequence`, which keeps the longest common prefix of what
-it holds and what comes. So the picture is prefilled once, macro and locate branch from it, micro goes on
-from locate's reply, both candidates branch from micro's prompt, and the next question about the same
-picture starts behind the picture. Every image is encoded once.
+A question has two rows of one KV cache. The picture is prefilled once and branches into both: on the one
+the model answers from the whole picture (macro), on the other it names a region (locate), and they decode
+together. The micro prompt goes on from the box, with the macro answer behind it as its draft; both
+candidates branch from there to be scored. What a row holds of any prompt is never computed again, by
+whichever way it came there: that is `sequence`. Several questions at once are more rows of the same calls.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,18 +20,86 @@ from dualfocus.runtime.engines import Floats
 from dualfocus.runtime.geometry import Crop, Region, find_region
 from dualfocus.runtime.image import Picture, view, whole
 from dualfocus.runtime.manifest import SelectRule
-from dualfocus.runtime.result import Answer, Counters, FocusResult, Generation, Mode, StageClock
-from dualfocus.runtime.selection import loss
-from dualfocus.runtime.sequence import CachedSequence
-from dualfocus.runtime.turns import Prompt, Turns, micro_answer
+from dualfocus.runtime.pool import EncodedImage, ImagePool, image_name
+from dualfocus.runtime.reply import Reply
+from dualfocus.runtime.result import (
+    Answer,
+    Counters,
+    Event,
+    FocusResult,
+    Generation,
+    Mode,
+    ReplyName,
+    ReplyToken,
+    Stage,
+    StageClock,
+)
+from dualfocus.runtime.selection import Candidate
+from dualfocus.runtime.sequence import CachedSequence, Extension, common_prefix, extend
+from dualfocus.runtime.turns import ImageToken, Prompt, Turns, micro_answer
 
-_IMAGES_KEPT = 8  # encoded images: a picture and the crops of its latest questions
+
+@dataclass(frozen=True)
+class Savings:
+    """Which of the exact savings are taken. None changes an answer; tests and benchmarks leave some out."""
+
+    images: bool = True  # an image is encoded once for a question, not for every prompt that shows it
+    prefix: bool = True  # a prompt starts from what a row holds of it
+    batch: bool = True  # rows decode together
+    forced: bool = True  # what the box grammar leaves no choice about is not decoded
+    draft: bool = True  # the macro answer is the micro answer's draft
+    select: bool = True  # candidates are scored as one batch, and not where their scores are known
+    pool: bool = True  # pictures, crops and rows outlive the question
+
+
+ALL = Savings()
+
+
+@dataclass
+class _Asked:
+    """A question on its way."""
+
+    picture: Picture
+    turns: Turns
+    mode: Mode
+    box_reply: str | None = None
+    whole: str = ""  # the picture's name; empty until it was hashed
+    crop: str = ""  # the crop's name; empty until there is one
+    crops: dict[str, Crop] = field(default_factory=dict)  # where in the picture both images are
+    counters: Counters = field(default_factory=Counters)
+    replies: dict[ReplyName, Reply] = field(default_factory=dict)
+    region: Region = field(default_factory=Region)
+    losses: tuple[float | None, float | None] = None, None  # of the macro and the micro answer
+    skipped: bool = False
+    focus: CachedSequence = field(init=False)  # its rows: for locate, micro and a candidate,
+    other: CachedSequence = field(init=False)  # and for macro and the other candidate
+
+    def said(self, name: ReplyName) -> Generation | None:
+        """A finished reply, if there was one."""
+        return self.replies[name].generation if name in self.replies else None
+
+    @property
+    def candidates(self) -> tuple[Answer | None, Answer | None]:
+        """The macro and the micro answer."""
+        macro, micro = self.said("macro"), self.said("micro")
+        return (
+            Answer.of(macro, loss=self.losses[0]) if macro else None,
+            Answer.of(micro, micro_answer, self.losses[1]) if micro else None,
+        )
+
+    def conclude(self, times_ms: dict[str, float]) -> FocusResult:
+        """The finished question's result."""
+        macro, micro = self.candidates
+        located = self.said("locate")
+        return FocusResult.conclude(
+            macro, located, self.region, micro, self.counters, times_ms, skipped=self.skipped
+        )
 
 
 class FocusRunner:
-    """Answers questions about pictures, one at a time; keeps the latest picture for the next question.
+    """Answers questions about pictures, and keeps what it saw of them for later questions.
 
-    Its cache is shared by all its questions, so that each thread needs a runner of its own.
+    Its rows are shared by all its questions, so that each thread needs a runner of its own.
     """
 
     def __init__(
@@ -41,16 +107,33 @@ class FocusRunner:
         bundle: Bundle,
         *,
         select: SelectRule | None = None,
-        on_stage: Callable[[str], None] | None = None,
+        free_box: bool = False,
+        skip_above: float | None = None,
+        cache_mb: int = 512,
+        batch: int = 1,
+        savings: Savings = ALL,
     ) -> None:
-        """`select` None takes the manifest's rule; `on_stage` is told each stage's name as it begins."""
+        """`select` None takes the manifest's rule; `free_box` decodes the box reply without a grammar.
+
+        `skip_above`, unlike everything else, changes answers: a macro answer whose `confidence` is above
+        it stands, and no region is looked at.
+
+        Memory: `batch` questions at once reserve ``2 x batch x context`` tokens of KV cache, each of
+        ``2 x layers x kv_heads x head_size x 4`` bytes, touched as they are used; images and prefixes
+        kept for later questions hold at most `cache_mb` million bytes.
+        """
         spec = bundle.manifest.decoder
         self._bundle = bundle
         self._select = select or bundle.manifest.select
-        self._on_stage = on_stage
-        cache = KVCache(spec, rows=1, capacity=spec.context)
-        self._sequence = CachedSequence(bundle.decoder, cache, 0, bundle.embeddings)
-        self._features: OrderedDict[str, Floats] = OrderedDict()  # by image name, latest last
+        self._skip_above = skip_above
+        self._savings = savings
+        self._batch = batch
+        self._grammar = None if free_box else bundle.grammar
+        self._cache = KVCache(spec, rows=2 * batch, capacity=spec.context)
+        self._rows = [CachedSequence(self._cache, row) for row in range(2 * batch)]
+        self._pool = ImagePool(cache_mb * 1_000_000 if savings.pool else 0)
+        self._features: dict[str, Floats] = {}  # by name, (T, D) each: the images of what is being asked
+        self._latest: _Asked | None = None
 
     def ask(
         self, picture: Picture, question: str, mode: Mode = "dual", *, box_reply: str | None = None
@@ -62,80 +145,271 @@ class FocusRunner:
         `box_reply` is used in place of the model's reply to step 2, which then is not asked for.
         Raises QuestionError for a question that is empty or too long, before anything is computed.
         """
-        manifest = self._bundle.manifest
-        turns = Turns(manifest, self._bundle.tokenizer, question)
+        *_, result = self._stream(_Asked(picture, self._turns(question, mode), mode, box_reply))
+        assert isinstance(result, FocusResult)
+        return result
+
+    def stream(self, picture: Picture, question: str, mode: Mode = "dual") -> Iterator[Event]:
+        """What `ask` does, as it happens: stages, the replies' tokens, the region, at last the result."""
+        return self._stream(_Asked(picture, self._turns(question, mode), mode))
+
+    def ask_many(self, asked: Sequence[tuple[Picture, str]], mode: Mode = "dual") -> list[FocusResult]:
+        """Answer several (picture, question) pairs, up to `batch` at once: `ask`'s answers, in order.
+
+        Pictures and crops are encoded together and replies decoded together. A result's times are those
+        of all that were answered with it.
+        """
+        todo = [_Asked(picture, self._turns(question, mode), mode) for picture, question in asked]
+        waves = [todo[start : start + self._batch] for start in range(0, len(todo), self._batch)]
+        events = (event for wave in waves for event in self._run(wave))
+        return [event for event in events if isinstance(event, FocusResult)]
+
+    def session(self, picture: Picture) -> Session:
+        """For several questions about `picture`: it is copied, and hashed only once."""
+        kept = picture.copy()
+        kept.flags.writeable = False
+        return Session(self, kept, image_name(kept, self._bundle.digest))
+
+    def _turns(self, question: str, mode: Mode) -> Turns:
+        turns = Turns(self._bundle.manifest, self._bundle.tokenizer, question)
         turns.check_length(macro_only=mode == "macro")
-        clock, counters = StageClock(self._on_stage), Counters()
-        macro = located = micro = None
-        region = Region()
+        return turns
 
-        with clock("encode_whole"):
-            whole_name = image_name(picture, self._bundle.digest)
-            self._encode(whole_name, picture, whole(picture), counters)
-        if mode != "micro":
-            with clock("macro"):
-                macro = Answer.of(self._generate(turns.macro(whole_name), counters))
-        if mode != "macro":
-            if box_reply is None:
-                with clock("locate"):
-                    located = self._generate(turns.locate(whole_name), counters)
-                box_reply = located.text
-            height, width = picture.shape[:2]
-            region = find_region(box_reply, manifest.coordinates, width, height, manifest.image)
-            crop_name = f"{whole_name} {region.crop}"
-            if region.crop is not None:
-                with clock("encode_crop"):
-                    self._encode(crop_name, picture, region.crop, counters)
-                with clock("micro"):
-                    prompt = turns.micro(whole_name, crop_name, box_reply)
-                    micro = Answer.of(self._generate(prompt, counters), micro_answer)
-            elif macro is None:
-                with clock("macro"):
-                    macro = Answer.of(self._generate(turns.macro(whole_name), counters))
-            if macro and micro and macro.text != micro.text:
-                with clock("select"):
-                    candidate = partial(turns.select, whole_name, crop_name, box_reply)
-                    macro = replace(macro, loss=self._loss(candidate(macro.text), counters))
-                    micro = replace(micro, loss=self._loss(candidate(micro.text), counters))
-        return FocusResult.conclude(macro, located, region, micro, counters, clock.stop())
+    def _stream(self, asked: _Asked) -> Iterator[Event]:
+        for event in self._run([asked]):
+            yield event
+            if self._latest is not asked:
+                raise RuntimeError(
+                    "the runner was asked something else before this stream was read to its end"
+                )
 
-    def _encode(self, name: str, picture: Picture, crop: Crop, counters: Counters) -> None:
-        """See to it that the image `name`, the crop of `picture`, is in `_features`."""
-        if name not in self._features:
-            (self._features[name],) = self._bundle.vision.encode(
-                view(picture, crop, self._bundle.manifest.image)
-            )
-            counters.vision_encodes += 1
-        self._features.move_to_end(name)
-        while len(self._features) > _IMAGES_KEPT:
-            self._features.popitem(last=False)
+    def _run(self, wave: Sequence[_Asked]) -> Iterator[Event]:
+        """Answer the questions of `wave`, at most `batch`, side by side."""
+        clock = StageClock()
 
-    def _generate(self, prompt: Prompt, counters: Counters) -> Generation:
-        manifest, sequence = self._bundle.manifest, self._sequence
-        sequence.extend_to(prompt, self._features, counters)
-        room = manifest.decoder.context - len(prompt.tokens) + 1
-        tokens: list[int] = []
-        logprobs: list[float] = []
-        for left in reversed(range(min(manifest.max_new_tokens, room))):
-            token = int(np.argmax(sequence.next))
-            tokens.append(token)
-            logprobs.append(float(sequence.next[token]))
-            counters.decode_steps += 1
-            if token in manifest.tokens.eos:
-                break
-            if left:
-                sequence.append(token)
-        text = self._bundle.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        return Generation(text, tuple(tokens), tuple(logprobs))
+        def enter(stage: str) -> Stage:
+            clock.enter(stage)
+            return Stage(stage)
 
-    def _loss(self, prompt: Prompt, counters: Counters) -> float:
-        self._sequence.extend_to(prompt, self._features, counters)
-        box, candidate = map(self._sequence.logprobs, prompt.replies)
-        return loss(box, candidate, self._select)
+        self._latest = wave[0]
+        yield enter("encode_whole")
+        self._open(wave)
+        if self._savings.images:
+            self._encode([(a, a.whole) for a in wave])
+        # behind a gate, a region is looked for once the macro answer turned out to be unsure
+        gated = self._skip_above is not None
+        rounds: list[tuple[ReplyName, ...]] = [("macro",), ("locate",)] if gated else [("macro", "locate")]
+        for names in rounds:
+            yield enter("prefill")
+            for a in wave:
+                if "macro" in names and a.mode != "micro":
+                    yield from self._begin(a, "macro", a.turns.macro(a.whole))
+                if "locate" in names and a.mode != "macro" and not a.skipped and a.box_reply is None:
+                    yield from self._begin(a, "locate", a.turns.locate(a.whole))
+            yield enter("decode")
+            yield from self._decode(wave)
+            for a in wave:
+                a.skipped = a.mode == "dual" and self._is_sure(a.said("macro"))
+        for a in wave:
+            if a.mode != "macro" and not a.skipped:
+                yield self._find_region(a)
+        if zoomed := [a for a in wave if a.crop]:
+            yield enter("encode_crop")
+            if self._savings.images:
+                self._encode([(a, a.crop) for a in zoomed])
+            yield enter("micro_prefill")
+            for a in zoomed:
+                assert a.box_reply is not None
+                yield from self._begin(a, "micro", a.turns.micro(a.whole, a.crop, a.box_reply))
+            yield enter("micro_decode")
+            yield from self._decode(zoomed)
+        if blind := [a for a in wave if a.mode == "micro" and not a.crop]:
+            yield enter("macro")
+            for a in blind:
+                yield from self._begin(a, "macro", a.turns.macro(a.whole))
+            yield from self._decode(blind)
+        if undecided := [a for a in wave if _disagree(*a.candidates)]:
+            yield enter("select")
+            self._score(undecided)
+        times = clock.stop()
+        yield from (a.conclude(times) for a in wave)
+
+    def _open(self, wave: Sequence[_Asked]) -> None:
+        """Name the pictures and give every question its rows."""
+        names: dict[int, str] = {}  # by the array's identity, so that each is hashed once
+        for a, focus, other in zip(wave, self._rows, self._rows[len(wave) :], strict=False):
+            a.whole = a.whole or names.get(id(a.picture)) or image_name(a.picture, self._bundle.digest)
+            names[id(a.picture)] = a.whole
+            a.crops[a.whole] = whole(a.picture)
+            a.focus, a.other = focus, other
+        self._features.clear()
+        for sequence in self._rows:
+            sequence.forget_branches()
+            if not self._savings.pool:
+                sequence.cut(0)
+
+    def _encode(self, wanted: Sequence[tuple[_Asked, str]]) -> None:
+        """See to it that the tokens of the images named are in `_features`; new ones are encoded at once."""
+        new: dict[str, _Asked] = {}
+        for a, name in wanted:
+            kept = self._pool.get(name) if self._savings.images else None
+            if kept is not None:
+                self._features[name] = kept.features
+            elif name not in self._features:
+                new.setdefault(name, a)
+        if not new:
+            return
+        image = self._bundle.manifest.image
+        pixels = np.concatenate([view(a.picture, a.crops[name], image) for name, a in new.items()])
+        for (name, a), features in zip(new.items(), self._bundle.vision.encode(pixels), strict=True):
+            self._features[name] = features.copy()  # not the batch, which a view would keep alive
+            self._pool.put(name, EncodedImage(self._features[name]))
+            a.counters.vision_encodes += 1
+
+    def _begin(self, a: _Asked, name: ReplyName, prompt: Prompt) -> Iterator[ReplyToken]:
+        """Prefill a reply's prompt, and what is expected of the reply; choose its first tokens."""
+        row = a.other if name == "macro" else a.focus
+        self._prepare(a, row, prompt)
+        grammar = self._grammar if name == "locate" else None
+        expected = a.said("macro") if name == "micro" and self._savings.draft else None
+        a.replies[name] = reply = Reply(
+            name,
+            self._bundle,
+            row,
+            prompt,
+            a.counters,
+            cursor=grammar.start() if grammar else None,
+            forced=self._savings.forced,
+            draft=expected.tokens if expected else (),
+        )
+        self._compute([reply.begin()])
+        self._keep_prefix(a, row)
+        yield from reply.choose()
+
+    def _prepare(self, a: _Asked, row: CachedSequence, prompt: Prompt) -> None:
+        """Make `row` hold as much of `prompt` as is held anywhere."""
+        if not self._savings.images:
+            names = dict.fromkeys(token.image for token in prompt.tokens if isinstance(token, ImageToken))
+            for name in names:
+                self._features.pop(name, None)
+            self._encode([(a, name) for name in names])
+        if not self._savings.prefix:
+            row.cut(0)
+            return
+        held = {s.row: common_prefix(s.tokens, prompt.tokens) for s in self._rows}
+        best = max(self._rows, key=lambda s: (held[s.row], s is row))
+        image = self._pool.get(a.whole)
+        prefix = image.prefix if image else None
+        if prefix is not None and common_prefix(prefix.tokens, prompt.tokens) > held[best.row]:
+            row.load(prefix)
+        elif best is not row:
+            row.fork_from(best, held[best.row])
+
+    def _keep_prefix(self, a: _Asked, row: CachedSequence) -> None:
+        """Keep what every question about the picture begins with, for when no row holds it any more."""
+        image = self._pool.get(a.whole)
+        if image is not None and image.prefix is None:
+            last = ImageToken(a.whole, self._bundle.manifest.image.tokens - 1)
+            prefix = row.save(row.tokens.index(last) + 1)
+            self._pool.put(a.whole, EncodedImage(image.features, prefix))
+
+    def _compute(self, extensions: Sequence[Extension]) -> None:
+        """Run the decoder over what is new: over all rows at once, or over one after the other."""
+        new = [extension for extension in extensions if extension.tokens]
+        calls = [new] if self._savings.batch else [[extension] for extension in new]
+        for call in filter(None, calls):
+            extend(self._bundle.decoder, self._cache, self._bundle.embeddings, self._features, call)
+
+    def _decode(self, wave: Sequence[_Asked]) -> Iterator[ReplyToken]:
+        """Go on with all unfinished replies of `wave` until there are none."""
+        while live := [reply for a in wave for reply in a.replies.values() if not reply.done]:
+            together = live if self._savings.batch else live[:1]
+            self._compute([reply.go_on() for reply in together])
+            for a in wave:
+                rows = sum(reply in together for reply in a.replies.values())
+                a.counters.decode_rows += rows
+                a.counters.decode_steps += rows > 0
+            for reply in together:
+                yield from reply.choose()
+
+    def _is_sure(self, macro: Generation | None) -> bool:
+        return self._skip_above is not None and macro is not None and macro.confidence > self._skip_above
+
+    def _find_region(self, a: _Asked) -> Region:
+        """Where to zoom in."""
+        if (located := a.said("locate")) is not None:
+            a.box_reply = located.text
+        assert a.box_reply is not None
+        manifest = self._bundle.manifest
+        height, width = a.picture.shape[:2]
+        a.region = find_region(a.box_reply, manifest.coordinates, width, height, manifest.image)
+        if a.region.crop is not None:
+            a.crop = f"{a.whole} {a.region.crop}"
+            a.crops[a.crop] = a.region.crop
+        return a.region
+
+    def _score(self, wave: Sequence[_Asked]) -> None:
+        """The losses of both candidates of every question.
+
+        Candidates part at their first different token. Up to there one row computes for both; from there
+        on each has a row of its own, in one call for all of them.
+        """
+        pairs: list[list[Candidate]] = []
+        parted: list[Extension] = []
+        for a in wave:
+            box, recall = a.box_reply, self._savings.select
+            assert box is not None
+            prompts = [a.turns.select(a.whole, a.crop, box, answer.text) for answer in a.candidates if answer]
+            pair = [Candidate(prompt, a.focus, recall=recall) for prompt in prompts]
+            pairs.append(pair)
+            todo = [candidate for candidate in pair if candidate.unknown]
+            extensions: list[Extension] = []
+            if len(todo) == 2 and self._savings.select:
+                self._prepare(a, a.focus, prompts[0])
+                shared = common_prefix(*(prompt.tokens for prompt in prompts))
+                extensions.append(pair[0].up_to(shared))
+                self._compute(extensions)
+                a.other.fork_from(a.focus, shared)
+                pair[1].row = a.other
+                for candidate in pair:
+                    candidate.look()
+                    extensions.append(candidate.up_to(len(candidate.prompt.tokens) - 1))
+                parted += extensions[1:]
+            else:
+                for candidate in todo:
+                    self._prepare(a, a.focus, candidate.prompt)
+                    extensions.append(candidate.up_to(len(candidate.prompt.tokens) - 1))
+                    self._compute(extensions[-1:])
+                    candidate.look()  # before the row goes on to the other one
+            computed = sum(len(extension.tokens) for extension in extensions)
+            a.counters.tokens_prefilled += computed
+            a.counters.tokens_reused += sum(len(prompt.tokens) for prompt in prompts) - computed
+        self._compute(parted)
+        for a, (macro, micro) in zip(wave, pairs, strict=True):
+            macro.look()
+            micro.look()
+            a.losses = macro.loss(self._select), micro.loss(self._select)
 
 
-def image_name(picture: Picture, model: str) -> str:
-    """A name that two pictures share only if shape, every byte and the model are the same."""
-    digest = hashlib.sha256(f"{model} {picture.shape} {picture.dtype}".encode())
-    digest.update(np.ascontiguousarray(picture).data)
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class Session:
+    """Questions about one picture, `FocusRunner.session`."""
+
+    runner: FocusRunner
+    picture: Picture
+    name: str
+
+    def ask(self, question: str, mode: Mode = "dual") -> FocusResult:
+        """As `FocusRunner.ask`."""
+        *_, result = self.stream(question, mode)
+        assert isinstance(result, FocusResult)
+        return result
+
+    def stream(self, question: str, mode: Mode = "dual") -> Iterator[Event]:
+        """As `FocusRunner.stream`."""
+        runner = self.runner
+        return runner._stream(_Asked(self.picture, runner._turns(question, mode), mode, whole=self.name))
+
+
+def _disagree(macro: Answer | None, micro: Answer | None) -> bool:
+    return macro is not None and micro is not None and macro.text != micro.text

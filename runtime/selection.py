@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from dualfocus.runtime.manifest import SelectRule
+from dualfocus.runtime.sequence import UNKNOWN, CachedSequence, Extension
+from dualfocus.runtime.turns import Prompt
 
 
 def loss(box_reply: Sequence[float], candidate: Sequence[float], rule: SelectRule) -> float:
@@ -15,3 +18,39 @@ def loss(box_reply: Sequence[float], candidate: Sequence[float], rule: SelectRul
     """
     scored = [*box_reply, *candidate] if rule == "reference" else candidate
     return -sum(scored) / len(scored)
+
+
+class Candidate:
+    """A candidate answer in its select `prompt`, to be scored on `row`."""
+
+    def __init__(self, prompt: Prompt, row: CachedSequence, *, recall: bool) -> None:
+        """`recall` begins with what the row knows already."""
+        self.prompt = prompt
+        self.row = row
+        self._scored = [at for reply in prompt.replies for at in reply]
+        self._logprobs = [UNKNOWN] * len(self._scored)
+        if recall:
+            self.look()
+
+    @property
+    def unknown(self) -> list[int]:
+        """The positions of the tokens whose log-probabilities are not known."""
+        scored = zip(self._scored, self._logprobs, strict=True)
+        return [at for at, logprob in scored if math.isnan(logprob)]
+
+    def up_to(self, length: int) -> Extension:
+        """What brings the row to the prompt's first `length` tokens, and makes known what they tell."""
+        after = {at - 1 for at in self.unknown if at <= length} | {length - 1}
+        return Extension.to(self.row, self.prompt.tokens[:length], sorted(after))
+
+    def look(self) -> None:
+        """Take what the row knows by now."""
+        found = self.row.recall(self.prompt.tokens, self._scored)
+        pairs = zip(self._logprobs, found, strict=True)
+        self._logprobs = [new if math.isnan(old) else old for old, new in pairs]
+
+    def loss(self, rule: SelectRule) -> float:
+        """The loss by `rule`; every token has to be known."""
+        assert not self.unknown
+        box = len(self.prompt.replies[0])
+        return loss(self._logprobs[:box], self._logprobs[box:], rule)

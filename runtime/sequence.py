@@ -1,91 +1,161 @@
 """A row of the KV cache that knows which tokens it holds, so that only what is new is computed.
 
-`CachedSequence.extend_to` is the whole of prefix reuse: whatever prompt comes next, the row keeps the
-longest common prefix of tokens and computes the rest. Branching from an image, going on from a reply,
-scoring a second candidate and a second question on the same picture are all that one operation.
+A row is brought to a prompt by keeping the longest common prefix of tokens and computing the rest.
+Branching from an image, going on from a reply, scoring a second candidate and a second question on the
+same picture are all that one operation. What has been computed once about a token stays known: a row
+remembers the log-probabilities of branches that were cut off, as long as what they branched from stands.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 
-from dualfocus.runtime.cache import KVCache
+from dualfocus.runtime.cache import KVCache, Snapshot
 from dualfocus.runtime.engines import Decoder, Floats
-from dualfocus.runtime.result import Counters
-from dualfocus.runtime.turns import Prompt, Token
+from dualfocus.runtime.turns import Token
 
-LogProbs = npt.NDArray[np.float64]  # (vocabulary,), or one per token
+UNKNOWN = float("nan")  # the log-probability of a token that no pass had to look at
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The beginning of a row, kept apart from it."""
+
+    tokens: tuple[Token, ...]
+    snapshot: Snapshot
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.snapshot.nbytes
 
 
 class CachedSequence:
-    """Row `row` of `cache`, the tokens in it, and the log-probabilities that were computed on the way."""
+    """Row `row` of `cache`: its tokens, and what is known of what follows them."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, row: int, embeddings: Floats) -> None:
-        self._decoder = decoder
+    def __init__(self, cache: KVCache, row: int) -> None:
         self._cache = cache
-        self._row = row
-        self._embeddings = embeddings
-        self._tokens: list[Token] = []
-        self._logprobs: list[float] = []  # of each token given those before it; nan where nobody asked
-        self._next: LogProbs | None = None  # of every token that may follow, unless the row was cut since
+        self.row = row
+        self.tokens: list[Token] = []
+        self._logprobs: list[float] = []  # of each token given those before it
+        self._logits: dict[int, Floats] = {}  # position: (vocabulary,) for what follows it, where asked for
+        self._cut_off: list[tuple[int, list[Token], list[float]]] = []  # where a branch began, and the branch
 
-    @property
-    def next(self) -> LogProbs:
-        """(vocabulary,) log-probabilities of what follows the row's last token."""
-        assert self._next is not None
-        return self._next
+    def logits(self, position: int) -> Floats | None:
+        """(vocabulary,) logits of what follows `position`, or None where nobody asked for them."""
+        return self._logits.get(position)
 
-    def extend_to(self, prompt: Prompt, features: Mapping[str, Floats], counters: Counters) -> None:
-        """Make the row hold `prompt`: afterwards `next` and the replies' log-probabilities are known.
+    def logprob(self, position: int, token: int) -> float:
+        """The log-probability of `token` after `position`; UNKNOWN without logits there."""
+        logits = self._logits.get(position)
+        return UNKNOWN if logits is None else log_softmax(logits, token)
 
-        `features` maps the name of every image in `prompt` to its (T, D) tokens.
+    def recall(self, tokens: Sequence[Token], at: Sequence[int]) -> list[float]:
+        """The log-probabilities of the `tokens` at some positions, each given those before it, as far as
+        they are known from this row or a branch cut off from it; else UNKNOWN."""
+        found = [UNKNOWN] * len(tokens)
+        common = common_prefix(self.tokens, tokens)
+        found[:common] = self._logprobs[:common]
+        for start, branch, logprobs in self._cut_off:
+            if start <= common:
+                end = start + common_prefix(branch, tokens[start:])
+                known = zip(found[start:end], logprobs, strict=False)
+                found[start:end] = [new if math.isnan(old) else old for old, new in known]
+        following = tokens[common] if common < len(tokens) else None
+        if isinstance(following, int) and math.isnan(found[common]):
+            found[common] = self.logprob(common - 1, following)
+        return [found[position] for position in at]
+
+    def cut(self, length: int) -> None:
+        """Forget the tokens beyond the first `length`, not what was known of them."""
+        if length < len(self.tokens):
+            self._cut_off = [branch for branch in self._cut_off if branch[0] <= length]
+            self._cut_off.append((length, self.tokens[length:], self._logprobs[length:]))
+            self._logits = {at: logits for at, logits in self._logits.items() if at < length}
+            del self.tokens[length:], self._logprobs[length:]
+        self._cache.truncate(self.row, length)  # last: the cache may hold more than the row knows of
+
+    def forget_branches(self) -> None:
+        """Forget what was known of tokens that were cut off."""
+        self._cut_off.clear()
+
+    def fork_from(self, source: CachedSequence, length: int) -> None:
+        """Hold the first `length` tokens of `source`, copying those that are not held already."""
+        kept = common_prefix(self.tokens, source.tokens[:length])
+        self.cut(kept)
+        self._cache.fork(source.row, self.row, length, kept)
+        self.tokens += source.tokens[kept:length]
+        self._logprobs += source._logprobs[kept:length]
+        if (following := source.logits(length - 1)) is not None:
+            self._logits[length - 1] = following
+
+    def save(self, length: int) -> Prefix:
+        """A copy of the first `length` tokens."""
+        return Prefix(tuple(self.tokens[:length]), self._cache.save(self.row, length))
+
+    def load(self, prefix: Prefix) -> None:
+        """Hold what `prefix` does."""
+        self.cut(0)
+        self._cache.load(self.row, prefix.snapshot)
+        self.tokens += prefix.tokens
+        self._logprobs += [UNKNOWN] * len(prefix.tokens)
+
+    def computed(self, tokens: Sequence[Token], logits: Mapping[int, Floats]) -> None:
+        """`tokens` were appended to the cache, and gave `logits` (vocabulary,) after some positions."""
+        self._logits |= logits
+        for token in tokens:
+            known = isinstance(token, int) and len(self.tokens) - 1 in self._logits
+            self._logprobs.append(self.logprob(len(self.tokens) - 1, cast(int, token)) if known else UNKNOWN)
+            self.tokens.append(token)
+
+
+@dataclass(frozen=True)
+class Extension:
+    """`tokens` to append to `sequence`, and the positions in the sequence after which logits are wanted."""
+
+    sequence: CachedSequence
+    tokens: Sequence[Token]
+    logits_at: Sequence[int]
+
+    @classmethod
+    def to(cls, sequence: CachedSequence, tokens: Sequence[Token], after: Sequence[int]) -> Extension:
+        """What brings `sequence` to `tokens`, with logits `after` some positions.
+
+        The sequence is cut where it differs, and further where logits are wanted behind a token that it
+        holds: such a token is computed again.
         """
-        tokens = prompt.tokens
-        common = common_prefix(self._tokens, tokens)
-        logprobs = self._logprobs[:common] + [float("nan")] * (len(tokens) - common)
-        asked = [at for reply in prompt.replies for at in reply if np.isnan(logprobs[at])]
-        known: dict[int, LogProbs] = {}  # position: of every token that may follow it
-        if common == len(self._tokens) and self._next is not None:
-            known[common - 1] = self._next
-        # What a token's log-probability needs stands after the one before it. Where that is neither known
-        # nor computed anyway, a token that is in the cache is computed again.
-        missing = [at for at in [*(at - 1 for at in asked), len(tokens) - 1] if at not in known]
-        keep = min([common, *missing])
-        self._cut(keep)
-        if missing:
-            new = embed(tokens[keep:], self._embeddings, features)
-            rows = self._extend(new, [at - keep for at in missing])
-            known.update(zip(missing, rows, strict=True))
-        for at in asked:
-            token = tokens[at]
-            assert isinstance(token, int)
-            logprobs[at] = float(known[at - 1][token])
-        self._tokens, self._logprobs, self._next = list(tokens), logprobs, known[len(tokens) - 1]
-        counters.tokens_reused += keep
-        counters.tokens_prefilled += len(tokens) - keep
+        common = common_prefix(sequence.tokens, tokens)
+        sequence.cut(min([common, *(at for at in after if sequence.logits(at) is None)]))
+        wanted = [at for at in after if sequence.logits(at) is None]  # with what was known behind the cut
+        return cls(sequence, tokens[len(sequence.tokens) :], wanted)
 
-    def append(self, token: int) -> None:
-        """Go on with a token chosen from `next`."""
-        (following,) = self._extend(self._embeddings[[token]], [0])
-        self._logprobs.append(float(self.next[token]))
-        self._tokens.append(token)
-        self._next = following
 
-    def logprobs(self, reply: range) -> list[float]:
-        """The log-probabilities of the tokens at the positions of a reply."""
-        return self._logprobs[reply.start : reply.stop]
+def extend(
+    decoder: Decoder,
+    cache: KVCache,
+    table: Floats,
+    features: Mapping[str, Floats],
+    extensions: Sequence[Extension],
+) -> None:
+    """One call of the decoder for all `extensions`, each of another row of `cache`.
 
-    def _cut(self, length: int) -> None:
-        self._cache.truncate(self._row, length)
-        if length < len(self._tokens):
-            self._next = None
-        del self._tokens[length:], self._logprobs[length:]
-
-    def _extend(self, embeddings: Floats, logits_at: Sequence[int]) -> LogProbs:
-        return log_softmax(self._decoder.extend(self._cache, self._row, embeddings, logits_at))
+    `table` (vocabulary, D) embeds tokens; `features` maps the names of images to their (T, D) tokens.
+    """
+    for extension in extensions:
+        extension.sequence.cut(len(extension.sequence.tokens))  # an interrupted call may have left more
+    results = decoder.extend(
+        cache,
+        [extension.sequence.row for extension in extensions],
+        [embed(extension.tokens, table, features) for extension in extensions],
+        [[at - len(e.sequence.tokens) for at in e.logits_at] for e in extensions],
+    )
+    for extension, logits in zip(extensions, results, strict=True):
+        extension.sequence.computed(extension.tokens, dict(zip(extension.logits_at, logits, strict=True)))
 
 
 def common_prefix(left: Sequence[Token], right: Sequence[Token]) -> int:
@@ -103,8 +173,8 @@ def embed(tokens: Sequence[Token], table: Floats, features: Mapping[str, Floats]
     return out
 
 
-def log_softmax(logits: Floats) -> LogProbs:
-    """Log-probabilities over the last axis, in float64."""
-    shifted = logits - logits.max(axis=-1, keepdims=True).astype(np.float64)
-    result: LogProbs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result
+def log_softmax(logits: Floats, token: int) -> float:
+    """The log-probability of one `token`, from (vocabulary,) logits; summed in float64."""
+    most = logits.max()
+    total = np.exp(logits - most).sum(dtype=np.float64)
+    return float(logits[token]) - float(most) - math.log(total)

@@ -32,5 +32,6 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from dualfocus.export import export_bundle
 
     folder = tmp_path_factory.mktemp("tiny")
-    export_bundle(tiny.build(folder / "checkpoint"), folder / "bundle", progress=lambda _: None)
+    checkpoint = tiny.build(folder / "checkpoint", max_new_tokens=40)  # enough for a box
+    export_bundle(checkpoint, folder / "bundle", progress=lambda _: None)
     return folder / "bundle"

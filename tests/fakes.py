@@ -1,22 +1,36 @@
 """A made-up model for testing what surrounds one: every logit depends on every cached entry.
 
 The decoder keeps the embeddings it is given in the cache and computes its logits from what it finds
-there, weighted by position. So one stale, missing or misplaced entry changes every number after it.
+there, weighted by position. So one stale, missing or misplaced entry of a row changes every number that
+row gives after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dualfocus.runtime.bundle import Bundle
 from dualfocus.runtime.cache import KVCache
-from dualfocus.runtime.manifest import DecoderSpec, FileEntry, ImageSpec, Manifest, TokenSpec
-from dualfocus.runtime.turns import DUALFOCUS
+from dualfocus.runtime.engines import Floats
+from dualfocus.runtime.manifest import (
+    FORMAT_VERSION,
+    BoxFormat,
+    DecoderSpec,
+    FileEntry,
+    ImageSpec,
+    Manifest,
+    TokenSpec,
+)
+from dualfocus.runtime.turns import DUALFOCUS, Turns
 
 WIDTH = 24
 IMAGE_TOKENS = 9
@@ -41,7 +55,7 @@ def make_tokenizer() -> Tokenizer:
 
 def make_manifest(tokenizer: Tokenizer, **changes: object) -> Manifest:
     fields: dict[str, object] = {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "name": "fake",
         "created_by": "a test",
         "source": {},
@@ -60,6 +74,7 @@ def make_manifest(tokenizer: Tokenizer, **changes: object) -> Manifest:
         "tokens": TokenSpec(BOS, (EOS,)),
         "prompts": DUALFOCUS,
         "coordinates": "original",
+        "box": BoxFormat(),
         "select": "reference",
         "max_new_tokens": 40,
         "files": {"vision.onnx": FileEntry(1, "0")},
@@ -68,28 +83,30 @@ def make_manifest(tokenizer: Tokenizer, **changes: object) -> Manifest:
 
 
 class FakeVision:
-    """Image tokens that depend on every pixel of the view."""
+    """Image tokens that depend on every pixel of the view; counts the images it encoded."""
 
     def __init__(self, spec: ImageSpec) -> None:
         rng = np.random.default_rng(1)
         pixels = 3 * spec.size**2
         self._weights = rng.standard_normal((pixels, spec.tokens * WIDTH)).astype(np.float32) / pixels**0.5
+        self.images = 0
 
-    def encode(self, pixels: np.ndarray) -> np.ndarray:
+    def encode(self, pixels: Floats) -> Floats:
+        self.images += len(pixels)
         return (pixels.reshape(len(pixels), -1) @ self._weights).reshape(len(pixels), -1, WIDTH)
 
 
 class FakeDecoder:
-    """Position-weighted sums of the cache as logits, and replies that can be given a push.
+    """Position-weighted sums of a row's cache as logits, and replies that can be given a push.
 
     `script` maps what a user turn contains to the tokens its reply leans to: a push, not a certainty,
-    so that log-probabilities go on depending on the cache.
+    so that log-probabilities go on depending on the cache. Counts its calls and the tokens appended.
     """
 
     def __init__(
         self,
         spec: DecoderSpec,
-        embeddings: np.ndarray,
+        embeddings: Floats,
         tokenizer: Tokenizer,
         script: dict[str, Sequence[int]],
     ) -> None:
@@ -100,20 +117,34 @@ class FakeDecoder:
         self._tokenizer = tokenizer
         self._script = script
         self.calls = 0
+        self.tokens = 0
 
-    def extend(self, kv: KVCache, row: int, embeddings: np.ndarray, logits_at: Sequence[int]) -> np.ndarray:
+    def extend(
+        self,
+        kv: KVCache,
+        rows: Sequence[int],
+        embeddings: Sequence[Floats],
+        logits_at: Sequence[Sequence[int]],
+    ) -> list[Floats]:
+        assert len(set(rows)) == len(rows)
         self.calls += 1
-        start = kv.lengths[row]
-        assert start + len(embeddings) <= kv.capacity
-        for store, sign in ((kv.keys, 1), (kv.values, -1)):
-            store[0][row, 0, start : start + len(embeddings)] = sign * embeddings
-        kv.lengths[row] = start + len(embeddings)
-        return np.stack([self._logits(kv, row, start + at + 1) for at in logits_at]).astype(np.float32)
+        results = []
+        for row, new, positions in zip(rows, embeddings, logits_at, strict=True):
+            start = kv.lengths[row]
+            assert 1 <= len(new) <= kv.capacity - start
+            assert all(0 <= at < len(new) for at in positions)
+            for store, sign in ((kv.keys, 1), (kv.values, -1)):
+                store[0][row, 0, start : start + len(new)] = sign * new
+            kv.lengths[row] = start + len(new)
+            self.tokens += len(new)
+            logits = [self._logits(kv, row, start + at + 1) for at in positions]
+            results.append(np.array(logits, np.float32).reshape(len(positions), self._out.shape[1]))
+        return results
 
-    def _logits(self, kv: KVCache, row: int, length: int) -> np.ndarray:
+    def _logits(self, kv: KVCache, row: int, length: int) -> npt.NDArray[np.float64]:
         keys, values = kv.keys[0][row, 0, :length], kv.values[0][row, 0, :length]
         mixed = ((keys - values).astype(np.float64) * self._weights[:length]).sum(0) / length**0.5
-        logits: np.ndarray = np.tanh(mixed) @ self._out
+        logits: npt.NDArray[np.float64] = np.tanh(mixed) @ self._out
         # what was said since the last image, or since the beginning
         said: list[int] = []
         for key in reversed(keys):
@@ -129,12 +160,39 @@ class FakeDecoder:
         return logits
 
 
-def make_bundle(script: dict[str, Sequence[int]] | None = None, **changes: object) -> Bundle:
+def make_bundle(
+    script: dict[str, Sequence[int]] | None = None, tokenizer: Tokenizer | None = None, **changes: object
+) -> Bundle:
     """An opened bundle of made-up engines; `changes` are to its manifest."""
-    tokenizer = make_tokenizer()
+    tokenizer = tokenizer or make_tokenizer()
     manifest = make_manifest(tokenizer, **changes)
     spec = manifest.decoder
     embeddings = np.random.default_rng(3).standard_normal((spec.vocabulary, WIDTH)).astype(np.float32)
-    decoder = FakeDecoder(spec, embeddings, tokenizer, script or {})
+    decoder = FakeDecoder(spec, embeddings, tokenizer, {} if script is None else script)
     vision = FakeVision(manifest.image)
     return Bundle(Path("fake"), manifest, "digest", "none", vision, decoder, tokenizer, embeddings)
+
+
+def spelling(bundle: Bundle, text: str) -> list[int]:
+    """The reply `text` as the history of a dialogue spells it, its end token included."""
+    prompt = Turns(bundle.manifest, bundle.tokenizer, "What?").micro("whole", "crop", text)
+    return [token for token in (prompt.tokens[at] for at in prompt.replies[0]) if isinstance(token, int)]
+
+
+@contextmanager
+def interrupted(decoder: FakeDecoder, call: int, *, late: bool) -> Iterator[None]:
+    """Ctrl-C at the decoder's `call`-th call from now, before or after it has written to the cache."""
+    extend = decoder.extend
+    stop = decoder.calls + call
+
+    def stopping(*args: Any) -> list[Floats]:
+        if decoder.calls == stop:
+            if late:
+                extend(*args)
+            raise KeyboardInterrupt
+        return extend(*args)
+
+    decoder.extend = stopping  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        yield
+    decoder.extend = extend  # type: ignore[method-assign]

@@ -1,6 +1,8 @@
-"""The KV cache: forking and truncating against computing anew, made-up and in ONNX Runtime."""
+"""The KV cache under any sequence of operations against computing anew, made-up and in ONNX Runtime."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import fakes
 import numpy as np
@@ -9,94 +11,153 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualfocus.runtime import Bundle
-from dualfocus.runtime.cache import KVCache
+from dualfocus.runtime.cache import KVCache, Snapshot
+from dualfocus.runtime.engines import Floats
+from dualfocus.runtime.sequence import common_prefix
 
-ROWS, CAPACITY = 3, 40
+ROWS, CAPACITY = 4, 40
 FAKE = fakes.make_bundle()
 
 
-def embedded(bundle: Bundle, tokens: list[int]) -> np.ndarray:
+@pytest.fixture(scope="module")
+def tiny(tiny_bundle: Path) -> Bundle:
+    return Bundle.open(tiny_bundle, threads=1)
+
+
+def embedded(bundle: Bundle, tokens: list[int]) -> Floats:
     return np.array(bundle.embeddings[tokens])
 
 
-def anew(bundle: Bundle, tokens: list[int]) -> np.ndarray:
+def anew(bundle: Bundle, tokens: list[int], logits_at: list[int]) -> Floats:
     cache = KVCache(bundle.manifest.decoder, 1, CAPACITY)
-    return bundle.decoder.extend(cache, 0, embedded(bundle, tokens), [len(tokens) - 1])
+    (logits,) = bundle.decoder.extend(cache, [0], [embedded(bundle, tokens)], [logits_at])
+    return logits
 
 
-def run(bundle: Bundle, operations: list[tuple[str, int, int]], atol: float) -> None:
-    """Extend, fork and truncate rows at random; every logit has to be that of its row computed anew."""
-    cache = KVCache(bundle.manifest.decoder, ROWS, CAPACITY)
-    rows: list[list[int]] = [[] for _ in range(ROWS)]
-    for i, (name, row, number) in enumerate(operations):
-        if name == "fork":
-            target = number % ROWS
-            cache.fork(row, target)
-            rows[target] = list(rows[row])
-        elif name == "truncate":
-            length = number % (len(rows[row]) + 1)
-            cache.truncate(row, length)
-            del rows[row][length:]
-        elif len(rows[row]) + 1 + number % 4 <= CAPACITY:
-            new = [(7 * i + 3 * k + number) % 200 for k in range(1 + number % 4)]
-            rows[row] += new
-            logits = bundle.decoder.extend(cache, row, embedded(bundle, new), [len(new) - 1])
-            np.testing.assert_allclose(logits, anew(bundle, rows[row]), atol=atol)
-        assert cache.lengths == [len(tokens) for tokens in rows]
-
-
+# What to append to a row, and after which of it logits are wanted. Few tokens, so that prefixes are common.
+appended = st.lists(st.integers(3, 6), min_size=1, max_size=5).flatmap(
+    lambda new: st.tuples(st.just(new), st.sets(st.integers(0, len(new) - 1), min_size=1).map(sorted))
+)
+row = st.integers(0, ROWS - 1)
+share = st.floats(0, 1)  # of what a row holds
 operations = st.lists(
-    st.tuples(
-        st.sampled_from(["extend", "extend", "fork", "truncate"]),
-        st.integers(0, ROWS - 1),
-        st.integers(0, 99),
+    st.one_of(
+        st.tuples(st.just("extend"), st.dictionaries(row, appended, min_size=1)),
+        st.tuples(st.just("extend"), st.dictionaries(row, appended, min_size=2)),
+        st.tuples(st.just("fork"), row, row, share, share),
+        st.tuples(st.just("truncate"), row, share),
+        st.tuples(st.just("save"), row, share),
+        st.tuples(st.just("load"), row, st.integers(0, 9)),
     ),
     max_size=25,
 )
 
 
-@settings(max_examples=60, deadline=None)
-@given(operations)
-def test_any_sequence_of_operations_equals_recomputation(operations):
-    run(FAKE, operations, 1e-6)
-
-
-def test_any_sequence_of_operations_equals_recomputation_in_onnx_runtime(tiny_bundle):
-    bundle = Bundle.open(tiny_bundle, threads=1)
-
-    @settings(max_examples=25, deadline=None)
-    @given(operations)
-    def check(operations):
-        run(bundle, operations, 1e-4)
-
-    check()
-
-
-def test_onnx_runtime_writes_into_the_cache_and_only_where_it_should(tiny_bundle):
-    bundle = Bundle.open(tiny_bundle, threads=1)
+def check(bundle: Bundle, operations: list[tuple], atol: float) -> None:
+    """Run `operations`; every logit has to be that of its row computed anew."""
     cache = KVCache(bundle.manifest.decoder, ROWS, CAPACITY)
     for array in cache.keys + cache.values:
-        array[:] = 99
-    bundle.decoder.extend(cache, 1, embedded(bundle, [5, 6, 7]), [2])
-    bundle.decoder.extend(cache, 1, embedded(bundle, [8]), [0])
+        array[:] = 99  # what no row holds yet must not matter
+    rows: list[list[int]] = [[] for _ in range(ROWS)]
+    saved: list[tuple[list[int], Snapshot]] = []
+    for name, *of in operations:
+        if name == "extend":
+            new = {r: a for r, a in of[0].items() if len(rows[r]) + len(a[0]) <= CAPACITY}
+            if not new:
+                continue
+            chunks = [embedded(bundle, tokens) for tokens, _ in new.values()]
+            results = bundle.decoder.extend(cache, list(new), chunks, [at for _, at in new.values()])
+            for (r, (tokens, at)), logits in zip(new.items(), results, strict=True):
+                start = len(rows[r])
+                rows[r] += tokens
+                assert logits.shape == (len(at), bundle.manifest.decoder.vocabulary)
+                expected = anew(bundle, rows[r], [start + i for i in at])
+                np.testing.assert_allclose(logits, expected, atol=atol)
+        elif name == "fork":
+            source, target, *shares = of
+            if source == target:
+                continue
+            length = round(shares[0] * len(rows[source]))
+            kept = round(shares[1] * common_prefix(rows[source][:length], rows[target]))
+            cache.fork(source, target, length, kept)
+            rows[target] = rows[source][:length]
+        elif name == "truncate":
+            del rows[of[0]][round(of[1] * len(rows[of[0]])) :]
+            cache.truncate(of[0], len(rows[of[0]]))
+        elif name == "save":
+            length = round(of[1] * len(rows[of[0]]))
+            saved.append((rows[of[0]][:length], cache.save(of[0], length)))
+        elif saved:
+            tokens, snapshot = saved[of[1] % len(saved)]
+            cache.load(of[0], snapshot)
+            rows[of[0]] = list(tokens)
+        assert cache.lengths == [len(tokens) for tokens in rows]
+    for r, tokens in enumerate(rows):  # what was not extended last is right too
+        if len(tokens) < CAPACITY:
+            (logits,) = bundle.decoder.extend(cache, [r], [embedded(bundle, [3])], [[0]])
+            np.testing.assert_allclose(logits, anew(bundle, [*tokens, 3], [len(tokens)]), atol=atol)
+
+
+@settings(max_examples=150, deadline=None)
+@given(operations)
+def test_any_sequence_of_operations_equals_recomputation(operations):
+    check(FAKE, operations, 1e-6)
+
+
+@pytest.mark.parametrize("examples", [30, pytest.param(500, marks=pytest.mark.slow)])
+def test_any_sequence_of_operations_equals_recomputation_in_onnx_runtime(tiny, examples):
+    settings(max_examples=examples, deadline=None)(given(operations)(lambda ops: check(tiny, ops, 1e-4)))()
+
+
+def test_rows_of_any_lengths_grow_together_and_no_others(tiny):
+    """One call over rows 3 and 1, of unequal lengths; 0 is empty, 2 is not, and both stay as they are."""
+    cache = KVCache(tiny.manifest.decoder, ROWS, CAPACITY)
     for array in cache.keys + cache.values:
-        assert (array[1, :, :4] != 99).all()
-        assert (array[[0, 2]] == 99).all()
-    kept = [array[1, :, :2].copy() for array in cache.keys + cache.values]
-    cache.truncate(1, 2)
-    bundle.decoder.extend(cache, 1, embedded(bundle, [9, 10, 11]), [2])
-    for array, before in zip(cache.keys + cache.values, kept, strict=True):
-        np.testing.assert_array_equal(array[1, :, :2], before)
+        array[:] = 99
+    tiny.decoder.extend(cache, [2], [embedded(tiny, [5, 6])], [[0]])
+    tiny.decoder.extend(cache, [1], [embedded(tiny, [7, 8, 9])], [[0]])
+    before = [array.copy() for array in cache.keys + cache.values]
+    chunks = [[10, 11, 12, 13], [14]]
+    far, near = tiny.decoder.extend(cache, [3, 1], [embedded(tiny, c) for c in chunks], [[1, 3], [0]])
+    np.testing.assert_allclose(far, anew(tiny, chunks[0], [1, 3]), atol=1e-4)
+    np.testing.assert_allclose(near, anew(tiny, [7, 8, 9, 14], [3]), atol=1e-4)
+    assert cache.lengths == [0, 4, 2, 4]
+    for array, old in zip(cache.keys + cache.values, before, strict=True):
+        assert (array[3, :, :4] != 99).all()
+        assert (array[1, :, 3] != 99).all()
+        np.testing.assert_array_equal(array[[0, 2]], old[[0, 2]])
+        np.testing.assert_array_equal(array[1, :, :3], old[1, :, :3])
 
 
-def test_logits_come_from_the_positions_asked_for(tiny_bundle):
-    bundle = Bundle.open(tiny_bundle, threads=1)
-    tokens = [5, 6, 7, 8, 9, 10]
-    cache = KVCache(bundle.manifest.decoder, 1, CAPACITY)
-    logits = bundle.decoder.extend(cache, 0, embedded(bundle, tokens), [0, 3, 5])
-    assert logits.shape == (3, bundle.manifest.decoder.vocabulary)
-    for got, length in zip(logits, (1, 4, 6), strict=True):
-        np.testing.assert_allclose(got, anew(bundle, tokens[:length])[0], atol=1e-4)
+def test_a_row_may_grow_to_its_last_place_beside_one_that_grows_by_more(tiny):
+    cache = KVCache(tiny.manifest.decoder, 2, CAPACITY)
+    full = [5 + i for i in range(CAPACITY)]
+    tiny.decoder.extend(cache, [0], [embedded(tiny, full[:-1])], [[0]])
+    chunks = [embedded(tiny, full[-1:]), embedded(tiny, [7, 8, 9])]
+    last, other = tiny.decoder.extend(cache, [0, 1], chunks, [[0], [2]])
+    np.testing.assert_allclose(last, anew(tiny, full, [CAPACITY - 1]), atol=1e-4)
+    np.testing.assert_allclose(other, anew(tiny, [7, 8, 9], [2]), atol=1e-4)
+
+
+def test_a_row_may_want_no_logits(tiny):
+    for bundle in (FAKE, tiny):
+        cache = KVCache(bundle.manifest.decoder, 2, CAPACITY)
+        chunks = [embedded(bundle, [5, 6]), embedded(bundle, [7])]
+        none, one = bundle.decoder.extend(cache, [0, 1], chunks, [[], [0]])
+        assert none.shape == (0, bundle.manifest.decoder.vocabulary)
+        np.testing.assert_allclose(one, anew(bundle, [7], [0]), atol=1e-4)
+
+
+def test_a_snapshot_is_a_copy():
+    cache = KVCache(FAKE.manifest.decoder, 2, CAPACITY)
+    FAKE.decoder.extend(cache, [0], [embedded(FAKE, [5, 6, 7])], [[0]])
+    snapshot = cache.save(0, 2)
+    cache.truncate(0, 0)
+    FAKE.decoder.extend(cache, [0], [embedded(FAKE, [8, 9, 10])], [[0]])
+    cache.load(1, snapshot)
+    (logits,) = FAKE.decoder.extend(cache, [1], [embedded(FAKE, [11])], [[0]])
+    np.testing.assert_allclose(logits, anew(FAKE, [5, 6, 11], [2]), atol=1e-6)
+    assert snapshot.nbytes == 2 * 2 * fakes.WIDTH * 4  # keys and values, tokens, width, bytes
 
 
 def test_nbytes_is_what_the_formula_says():
@@ -105,7 +166,32 @@ def test_nbytes_is_what_the_formula_says():
     assert cache.nbytes == 2 * spec.layers * ROWS * spec.kv_heads * CAPACITY * spec.head_size * 4
 
 
-def test_truncating_cannot_lengthen():
-    cache = KVCache(FAKE.manifest.decoder, 1, CAPACITY)
-    with pytest.raises(AssertionError):
-        cache.truncate(0, 1)
+def test_no_operation_reaches_beyond_what_a_row_holds():
+    cache = KVCache(FAKE.manifest.decoder, 2, CAPACITY)
+    FAKE.decoder.extend(cache, [0], [embedded(FAKE, [5, 6])], [[0]])
+    for beyond in (
+        lambda: cache.truncate(0, 3),
+        lambda: cache.fork(0, 1, 3),
+        lambda: cache.fork(0, 1, 2, kept=1),
+        lambda: cache.save(0, 3),
+    ):
+        with pytest.raises(AssertionError):
+            beyond()
+    assert cache.lengths == [2, 0]
+
+
+def test_a_stale_entry_is_noticed():
+    """The made-up decoder is worth something: one wrong entry in a row changes what that row says."""
+    tokens = [5, 6, 7, 8, 9]
+    logits = []
+    for stale in (None, 2):
+        cache = KVCache(FAKE.manifest.decoder, 2, 16)
+        chunks = [embedded(FAKE, tokens[:4])] * 2
+        FAKE.decoder.extend(cache, [0, 1], chunks, [[3], [3]])
+        if stale is not None:
+            cache.keys[0][1, 0, stale] += 1e-2
+        logits.append(FAKE.decoder.extend(cache, [0, 1], [embedded(FAKE, tokens[4:])] * 2, [[0], [0]]))
+    (good, good_too), (untouched, spoilt) = logits
+    np.testing.assert_array_equal(good, good_too)
+    np.testing.assert_array_equal(good, untouched)
+    assert np.abs(good - spoilt).max() > 1e-3

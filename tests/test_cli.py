@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -18,10 +20,13 @@ from dualfocus import cli
 from dualfocus.runtime import Bundle, FocusRunner
 from dualfocus.runtime.show import annotate
 
-COUNTERS = ["vision_encodes", "tokens_prefilled", "tokens_reused", "decode_steps"]
+COUNTERS = [
+    "vision_encodes", "tokens_prefilled", "tokens_reused", "tokens_forced", "tokens_drafted",
+    "tokens_accepted", "decode_steps", "decode_rows",
+]  # fmt: skip
 SCHEMA = [
-    "schema", "answer", "chosen", "fallback", "box", "crop", "macro", "micro", "counters", "times_ms",
-    "bundle", "device",
+    "schema", "answer", "chosen", "skipped", "fallback", "box", "crop", "macro", "micro", "counters",
+    "times_ms", "bundle", "device",
 ]  # fmt: skip
 
 
@@ -34,15 +39,6 @@ def photo(tmp_path: Path, picture: np.ndarray) -> Path:
 @pytest.fixture
 def bundle(tiny_bundle: Path) -> Path:
     return tiny_bundle
-
-
-@pytest.fixture
-def points(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Random weights never name a box: let the runner take this one."""
-    reply = "[0.10, 0.20, 0.60, 0.70]"
-    ask = FocusRunner.ask
-    monkeypatch.setattr(FocusRunner, "ask", lambda *args: ask(*args, box_reply=reply))
-    return reply
 
 
 def run(*arguments: object, stdin: bytes | None = None) -> Result:
@@ -66,9 +62,9 @@ def refused(result: Result) -> str:
 
 
 def test_json_is_one_object_of_the_schema(photo, bundle):
-    answer = json.loads(ask(photo, "What is it?", "--json", bundle=bundle).stdout)
+    answer = json.loads(ask(photo, "What is it?", "--json", "--free-box", bundle=bundle).stdout)
     assert list(answer) == SCHEMA
-    assert answer["schema"] == 1
+    assert answer["schema"] == 2
     assert list(answer["counters"]) == COUNTERS
     assert answer["chosen"] == "macro"
     assert answer["answer"] == answer["macro"]["text"]
@@ -78,19 +74,25 @@ def test_json_is_one_object_of_the_schema(photo, bundle):
     assert (answer["bundle"], answer["device"]) == ("tiny", "cpu")
 
 
-def test_json_with_both_passes(photo, bundle, points):
+def test_json_with_both_passes(photo, bundle):
     answer = json.loads(ask(photo, "What is it?", "--json", bundle=bundle).stdout)
     assert answer["fallback"] is None
-    assert answer["box"] == pytest.approx([32, 48, 192, 168])
-    assert answer["crop"] == [7, 3, 217, 213]
+    left, top, right, bottom = answer["crop"]
+    assert 0 <= left < right <= 320
+    assert 0 <= top < bottom <= 240
     losses = {name: answer[name]["loss"] for name in ("macro", "micro")}
     assert answer["chosen"] == min(losses, key=losses.__getitem__)
     assert answer["answer"] == answer[answer["chosen"]]["text"]
-    assert answer["counters"]["vision_encodes"] == 2
+    assert 0 < answer["macro"]["confidence"] <= 1
+    counters = answer["counters"]
+    assert counters["vision_encodes"] == 2
+    assert counters["tokens_forced"] > 0
+    assert counters["tokens_drafted"] >= counters["tokens_accepted"]
+    assert counters["decode_rows"] >= counters["decode_steps"] > 0
 
 
 @pytest.mark.parametrize("rule", ["reference", "answer"])
-def test_the_rule_can_be_chosen(photo, bundle, points, rule):
+def test_the_rule_can_be_chosen(photo, bundle, rule):
     answer = json.loads(ask(photo, "What is it?", "--json", "--select", rule, bundle=bundle).stdout)
     expected = FocusRunner(Bundle.open(bundle, threads=1), select=rule).ask(
         np.asarray(Image.open(photo)), "What is it?"
@@ -100,13 +102,16 @@ def test_the_rule_can_be_chosen(photo, bundle, points, rule):
 
 
 def test_modes(photo, bundle):
-    macro = json.loads(ask(photo, "What is it?", "--json", "--mode", "macro", bundle=bundle).stdout)
-    micro = json.loads(ask(photo, "What is it?", "--json", "--mode", "micro", bundle=bundle).stdout)
-    assert macro["fallback"] is None
-    assert "locate" not in macro["times_ms"]
-    assert micro["chosen"] == "macro"
-    assert "names no box" in micro["fallback"]
-    assert micro["answer"] == macro["answer"]
+    macro, micro, blind = (
+        json.loads(ask(photo, "What is it?", "--json", "--mode", *mode, bundle=bundle).stdout)
+        for mode in (["macro"], ["micro"], ["micro", "--free-box"])
+    )
+    assert macro["fallback"] is macro["box"] is macro["micro"] is None
+    assert micro["chosen"] == "micro"
+    assert micro["macro"] is None
+    assert blind["chosen"] == "macro"
+    assert "names no box" in blind["fallback"]
+    assert blind["answer"] == macro["answer"]
 
 
 def test_several_questions_are_a_line_each(photo, bundle):
@@ -114,13 +119,60 @@ def test_several_questions_are_a_line_each(photo, bundle):
     answers = [json.loads(line) for line in lines]
     assert len(answers) == 3
     assert answers[0]["answer"] == answers[2]["answer"]
-    assert [answer["counters"]["vision_encodes"] for answer in answers] == [1, 0, 0]
+    encodes = [answer["counters"]["vision_encodes"] for answer in answers]
+    assert (encodes[0], encodes[2]) == (2, 0)  # at the third, its picture and its crop are kept
+    assert encodes[1] <= 1
+
+
+def test_nothing_has_to_be_kept(photo, bundle):
+    lines = ask(photo, "What?", "What?", "--json", "--cache-mb", 0, bundle=bundle).stdout.splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert [answer["counters"]["vision_encodes"] for answer in answers] == [2, 2]
+    assert answers[0]["answer"] == answers[1]["answer"]
+
+
+def test_a_sure_macro_answer_can_end_it(photo, bundle):
+    sure, unsure, macro = (
+        json.loads(ask(photo, "What is it?", "--json", *flags, bundle=bundle).stdout)
+        for flags in (["--skip-above", 0], ["--skip-above", 1], ["--mode", "macro"])
+    )
+    assert sure["skipped"]
+    assert sure["counters"] == macro["counters"]
+    assert sure["answer"] == macro["answer"]
+    assert not unsure["skipped"]
+    assert unsure["micro"] is not None
+
+
+def test_a_terminal_shows_the_macro_answer_then_the_region_then_the_result(photo, bundle):
+    answer = json.loads(ask(photo, "What is it?", "--json", bundle=bundle).stdout)
+    here, terminal = pty.openpty()
+    command = ["ask", str(photo), "What is it?", "--bundle", str(bundle), "--threads", "1"]
+    code = f"from dualfocus.cli import app; app({command!r})"
+    wide = os.environ | {"COLUMNS": "200", "LINES": "50", "TERM": "xterm"}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=terminal, env=wide) as process:
+        os.close(terminal)
+        shown = b""
+        with contextlib.suppress(OSError):  # which is how the end of a terminal reads
+            while block := os.read(here, 1 << 16):
+                shown += block
+    os.close(here)
+    assert process.returncode == 0
+    text = shown.decode()
+    first, region = text.index("macro"), text.index("region")
+    assert first < region < text.index(" ms: encode whole")
+    erased = "\x1b[2K"  # what was shown meanwhile makes room for the result
+    assert erased in text
+    assert f"[{', '.join(f'{side:.0f}' for side in answer['box'])}]" in text[: text.rindex(erased)]
+
+
+def test_plain_skips_nothing(photo):
+    assert "--skip-above" in refused(run("ask", photo, "What?", "--plain", "--skip-above", "0.5"))
 
 
 def test_plain_gives_the_same_answer(photo, bundle):
     fast, plain = (
         json.loads(ask(photo, "What is it?", "--json", *flags, bundle=bundle).stdout)
-        for flags in ([], ["--plain"])
+        for flags in (["--free-box"], ["--plain"])
     )
     work, plain_work = fast.pop("counters"), plain.pop("counters")
     del fast["times_ms"], plain["times_ms"]
@@ -140,12 +192,13 @@ def test_standard_input_serves_every_question(photo, bundle):
     assert len(result.stdout.splitlines()) == 2
 
 
-def test_readable_output(photo, bundle, points):
+def test_readable_output(photo, bundle):
     lines = ask(photo, "What is it?", bundle=bundle).stdout.splitlines()
     answer = json.loads(ask(photo, "What is it?", "--json", bundle=bundle).stdout)
     assert lines[0].strip() == cli._text(answer["answer"]).plain
     words = " ".join(lines)
-    for expected in ("macro", "micro", "region", "[32, 48, 192, 168]", "loss", " ms: encode whole", "reused"):
+    region = f"[{', '.join(f'{side:.0f}' for side in answer['box'])}]"
+    for expected in ("macro", "micro", region, "loss", " ms: encode whole", "reused", "drafted"):
         assert expected in words
     assert "\x1b" not in words  # no colours where no terminal is
 
@@ -155,17 +208,17 @@ def test_readable_output_of_several_questions_names_them(photo, bundle):
     assert (lines.index("What?"), lines.count("Where to?")) == (0, 1)
 
 
-def test_readable_output_obeys_no_control_codes(photo, bundle, points, monkeypatch):
+def test_readable_output_obeys_no_control_codes(photo, bundle, monkeypatch):
     monkeypatch.setattr("dualfocus.runtime.scheduler.micro_answer", lambda _: "a\x1b[2J\x07b\nc")
     output = ask(photo, "What?", "--mode", "micro", bundle=bundle).stdout
     assert output.splitlines()[0] == "a\ufffd[2J\ufffdb c"
 
 
 def test_readable_output_says_why_there_is_no_micro_answer(photo, bundle):
-    assert "no micro answer: the reply" in ask(photo, "What is it?", bundle=bundle).stdout
+    assert "no micro answer: the reply" in ask(photo, "What is it?", "--free-box", bundle=bundle).stdout
 
 
-def test_show(photo, bundle, points, tmp_path):
+def test_show(photo, bundle, tmp_path):
     out = tmp_path / "out.png"
     ask(photo, "What is it?", "--show", out, bundle=bundle)
     with Image.open(out) as image:
@@ -178,7 +231,7 @@ def test_show(photo, bundle, points, tmp_path):
 def test_show_without_a_box_and_over_an_old_file(photo, bundle, tmp_path):
     out = tmp_path / "out.jpg"
     out.write_text("old")
-    ask(photo, "What is it?", "--show", out, bundle=bundle)
+    ask(photo, "What is it?", "--free-box", "--show", out, bundle=bundle)
     with Image.open(out) as image:
         image.load()
 
@@ -301,7 +354,9 @@ def test_want_of_memory_is_one_sentence(photo, bundle, monkeypatch):
 def test_bad_bundles(photo, bundle, tmp_path):
     broken = Path(shutil.copytree(bundle, tmp_path / "broken"))
     manifest = json.loads((broken / "manifest.json").read_text())
-    (broken / "manifest.json").write_text(json.dumps(manifest | {"format_version": 2}))
+    (broken / "manifest.json").write_text(
+        json.dumps(manifest | {"format_version": manifest["format_version"] + 1})
+    )
     assert "newer dualfocus" in refused(run("ask", photo, "What?", "--bundle", broken))
     assert "newer dualfocus" in refused(run("inspect", broken))
     (broken / "manifest.json").write_text(json.dumps(manifest))
@@ -320,6 +375,9 @@ def test_bad_bundles(photo, bundle, tmp_path):
         ["ask", "a.png", "Q", "--mode", "x"],
         ["ask", "a.png", "Q", "--threads", "0"],
         ["ask", "a.png", "Q", "--threads", "99999999999"],
+        ["ask", "a.png", "Q", "--skip-above", "nan"],
+        ["ask", "a.png", "Q", "--skip-above", "1.5"],
+        ["ask", "a.png", "Q", "--cache-mb", "-1"],
     ],
 )
 def test_wrong_usage(arguments):

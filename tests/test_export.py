@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from dualfocus.export import ExportError, decoder, export_bundle, nano_tower, verify
-from dualfocus.runtime.manifest import Manifest
+from dualfocus.export import checkpoint as checkpoints
+from dualfocus.runtime.manifest import BoxFormat, Manifest
 from dualfocus.runtime.turns import DUALFOCUS
 
 SHAPES = {
@@ -106,6 +107,7 @@ def test_manifest_describes_the_model(exported: Exported) -> None:
     assert manifest.prompts == DUALFOCUS
     assert (manifest.name, manifest.max_new_tokens) == ("tiny", 12)  # dualfocus.json says so
     assert (manifest.coordinates, manifest.select) == ("original", "reference")
+    assert manifest.box == BoxFormat("[{x0}, {y0}, {x1}, {y1}]", 2)
 
 
 def test_fit_follows_the_preprocessor(exported: Exported) -> None:
@@ -442,6 +444,13 @@ def test_other_preprocessing(broken: Path, tmp_path: Path, changes: dict[str, An
         ({"prompts": {"micro": "{T}"}}, "field prompts.micro does not hold '<image>' exactly once"),
         ({"prompts": {"reply": "{answer}\n"}}, "prompts.reply ends with .* none of the model's end tokens"),
         ({"coordinates": "feet"}, "field coordinates is 'feet', expected one of original, padded, model"),
+        ({"box": "[]"}, "dualfocus.json: field box is '\\[\\]', expected an object"),
+        ({"box": {"text": "[{x0}]", "decimals": 2}}, "field box.text is '\\[{x0}\\]', expected {x0}, {y0}"),
+        ({"box": {"text": BoxFormat().text, "decimals": 9}}, "field box.decimals is 9, expected 1 to 4"),
+        (
+            {"box": {"text": BoxFormat().text, "decimals": 2}, "coordinates": "model"},
+            "expected null where coordinates is 'model'",
+        ),
         ({"select": 3}, "field select is 3, expected one of"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0, expected 1 to "),
         ({"fit": "squash"}, "field image.fit is 'squash', expected one of"),
@@ -450,6 +459,19 @@ def test_other_preprocessing(broken: Path, tmp_path: Path, changes: dict[str, An
 def test_bad_declaration(broken: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     edit(broken / "dualfocus.json", **changes)
     refused(broken, tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "box"),
+    [
+        ({"box": None}, None),
+        ({"coordinates": "model"}, None),
+        ({"box": {"text": "{x0},{y0},{x1},{y1}", "decimals": 3}}, BoxFormat("{x0},{y0},{x1},{y1}", 3)),
+    ],
+)
+def test_declared_box_format(broken: Path, changes: dict[str, Any], box: BoxFormat | None) -> None:
+    edit(broken / "dualfocus.json", **changes)
+    assert checkpoints.describe(checkpoints.load(broken), ragged_append=True).box == box
 
 
 def test_declaration_reaches_the_manifest(broken: Path, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import pytest
 
 from dualfocus.runtime import Bundle, BundleError
 from dualfocus.runtime.bundle import read_manifest, verify
-from dualfocus.runtime.manifest import FORMAT_VERSION, FileEntry, Manifest
+from dualfocus.runtime.geometry import find_region
+from dualfocus.runtime.manifest import FORMAT_VERSION, BoxFormat, FileEntry, Manifest
 
 FILES = {name: f"what is in {name}".encode() for name in ("vision.onnx", "decoder.onnx", "embeddings.npy")}
 
@@ -121,6 +122,22 @@ def test_another_version(folder, version):
         ("image.mean", [0.5, "a", 0.5], "field image.mean.1 is 'a', expected a number"),
         ("image.fit", "stretch", "expected one of pad, crop"),
         ("tokens.eos", 2, "field tokens.eos is 2, expected a list"),
+        ("coordinates", "model", "expected null where coordinates is 'model'"),
+        ("box", ..., "field box is missing"),
+        ("box", "[]", "field box is '[]', expected an object"),
+        (
+            "box.text",
+            "[{x0}, {y0}, {x1}]",
+            "field box.text is '[{x0}, {y0}, {x1}]', expected {x0}, {y0}, {x1}, {y1} once",
+        ),
+        ("box.text", "[{x0}, {y0}, {x1}, {y1}] {x0}", "expected {x0}, {y0}, {x1}, {y1} once each"),
+        ("box.text", "[{y0}, {x0}, {y1}, {x1}]", "once each in this order"),
+        ("box.text", "[{x0} {y0} {x1} {y1}]", "with commas between"),
+        ("box.text", "1 [{x0}, {y0}, {x1}, {y1}]", "no digits around"),
+        ("box.text", "[{x0}, {y0}, {x1}, {y1}] ", "no digits around"),
+        ("box.text", "{[{x0}, {y0}, {x1}, {y1}]", "field box.text is '{["),
+        ("box.decimals", 0, "field box.decimals is 0, expected 1 to 4"),
+        ("box.decimals", 5, "field box.decimals is 5, expected 1 to 4"),
         ("coordinates", "polar", "expected one of original, padded, model"),
         ("prompts", "hello", "field prompts is 'hello', expected an object"),
         ("prompts.user", "USER:", "field prompts.user does not hold '{turn}' exactly once"),
@@ -149,6 +166,23 @@ def test_another_version(folder, version):
 def test_a_wrong_field_is_named(folder, field, value, said):
     edit(folder, field, value)
     assert said in refused(folder)
+
+
+def test_no_box_format_is_allowed(folder):
+    edit(folder, "box", None)
+    assert read_manifest(folder)[0].box is None
+    edit(folder, "coordinates", "model")
+    assert read_manifest(folder)[0].coordinates == "model"
+
+
+@pytest.mark.parametrize("text", ["[{x0}, {y0}, {x1}, {y1}]", "<box>{x0},{y0},{x1},\n{y1}</box>"])
+@pytest.mark.parametrize("decimals", [1, 4])
+def test_a_box_is_written_as_it_is_read(folder, manifest, text, decimals):
+    edit(folder, "box", {"text": text, "decimals": decimals})
+    box = read_manifest(folder)[0].box
+    assert box == BoxFormat(text, decimals)
+    region = find_region(box.write(0.1, 0.2, 0.5, 1), "original", 1000, 1000, manifest.image)
+    assert region.box.corners == (100, 200, 500, 1000)
 
 
 def test_no_bos_is_allowed(folder):

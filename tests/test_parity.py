@@ -1,5 +1,6 @@
 """`FocusRunner` on a bundle against the plain protocol in transformers on its checkpoint.
 
+Both decode boxes freely where random weights name none; nano is held to the grammar, transformers never.
 Replies token for token, crops pixel for pixel, losses within 1e-3, choices. Two float32 programs add
 in different orders, so where the reference's best two logits lie within 1e-3 either may come first:
 such a first divergence is counted and shown, and nothing after it is compared.
@@ -8,9 +9,10 @@ such a first divergence is counted and shown, and nothing after it is compared.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import equality
 import numpy as np
 import pytest
 import tiny
@@ -20,6 +22,7 @@ from transformers_protocol import Reply, TransformersProtocol
 from dualfocus.bench.scenes import held_out
 from dualfocus.export import export_bundle
 from dualfocus.runtime.bundle import BUILT_IN, Bundle
+from dualfocus.runtime.plain import PlainRunner
 from dualfocus.runtime.scheduler import FocusRunner
 from dualfocus.runtime.turns import DUALFOCUS
 from dualfocus.train import scenes
@@ -28,6 +31,8 @@ CHECKPOINT = Path(__file__).parent.parent / "train" / "checkpoint"  # what model
 
 TIE = 1e-3  # logits of the reference closer than this may swap
 LOSS_TOLERANCE = 1e-3
+
+BOX_TOKENS = 40  # more than any box takes
 
 Pair = tuple[Image.Image, str, str | None]  # picture, question, the box reply where the model has none
 
@@ -84,11 +89,11 @@ class Tally:
         return "\n  ".join(lines + self.ties)
 
 
-def check_parity(checkpoint: Path, bundle: Path, pairs: Iterable[Pair]) -> Tally:
+def check_parity(checkpoint: Path, bundle: Path, pairs: Iterable[Pair], *, free_box: bool = True) -> Tally:
     """Ask every pair of both sides, by both selection rules, and assert that they agree."""
     opened = Bundle.open(bundle, threads=1)
     protocol = TransformersProtocol(checkpoint, opened.manifest)
-    runners = {rule: FocusRunner(opened, select=rule) for rule in ("reference", "answer")}
+    runners = {rule: FocusRunner(opened, select=rule, free_box=free_box) for rule in ("reference", "answer")}
     tally = Tally()
     for picture, question, box_reply in pairs:
         tally.pairs += 1
@@ -139,19 +144,48 @@ def picture(seed: int, width: int, height: int) -> Image.Image:
     return Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_random_models_agree_with_transformers(
-    shape: tiny.Shape, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture(scope="module", params=SHAPES.values(), ids=SHAPES.keys())
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint of random weights, and the bundle exported from it."""
+    folder = tmp_path_factory.mktemp("shape")
+    checkpoint = tiny.build(folder / "checkpoint", request.param)
+    export_bundle(checkpoint, folder / "bundle", progress=lambda _: None)
+    return folder
+
+
+def test_random_models_agree_with_transformers(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the box text given, since random weights emit none."""
-    checkpoint = tiny.build(tmp_path / "checkpoint", shape)
-    export_bundle(checkpoint, tmp_path / "bundle", progress=lambda _: None)
     pictures = [picture(1, 501, 333), picture(2, 240, 407)]
     pairs = [(p, q, b) for p in pictures for q in QUESTIONS for b in BOXES]
-    tally = check_parity(checkpoint, tmp_path / "bundle", pairs)
+    tally = check_parity(exported / "checkpoint", exported / "bundle", pairs)
     with capsys.disabled():
         print(f"\n{tally}")
     assert tally.losses > len(pairs)  # most boxes come to a choice: the comparison is not empty
+
+
+@pytest.mark.parametrize("pairs", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_random_models_answer_fast_what_they_answer_plainly(
+    exported: Path, pairs: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The grammar on both sides; alone and in batches."""
+    opened = Bundle.open(exported / "bundle", threads=1)
+    bundle = replace(opened, manifest=replace(opened.manifest, max_new_tokens=BOX_TOKENS))
+    asked = [
+        equality.Pair(np.asarray(picture(i // 3, 200 + 37 * (i % 7), 180 + 23 * (i % 5))), QUESTIONS[i % 3])
+        for i in range(pairs)
+    ]
+    runner, plain = FocusRunner(bundle), PlainRunner(bundle, free_box=False)
+    batched = FocusRunner(bundle, batch=3).ask_many([(pair.picture, pair.question) for pair in asked])
+    tally = equality.Tally(bundle)
+    for pair, together in zip(asked, batched, strict=True):
+        expected = plain.ask(pair.picture, pair.question)
+        for fast in (runner.ask(pair.picture, pair.question), together):
+            tally.compare(pair, fast, expected)
+    with capsys.disabled():
+        print(f"\n{tally}")
+    assert tally.ill_formed == 0
+    assert tally.losses > pairs / 2
+    assert len(tally.ties) <= pairs // 10, tally
 
 
 def test_another_family_of_prompts_agrees(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +208,7 @@ def held_out_pairs(count: int) -> Iterator[Pair]:
 
 @pytest.mark.parametrize("pairs", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_nano_agrees_with_transformers(pairs: int, capsys: pytest.CaptureFixture[str]) -> None:
-    tally = check_parity(CHECKPOINT, BUILT_IN, held_out_pairs(pairs))
+    tally = check_parity(CHECKPOINT, BUILT_IN, held_out_pairs(pairs), free_box=False)
     with capsys.disabled():
         print(f"\nnano: {tally}")
     assert tally.pairs == pairs

@@ -1,40 +1,44 @@
-"""Reuse on equals reuse off: the same tokens, close log-probabilities, and the work that was predicted."""
+"""The scheduler on a made-up model: the plain answers, nothing stale, and the work that was predicted."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from contextlib import contextmanager
+from dataclasses import replace
 
 import fakes
 import numpy as np
 import pytest
+from equality import Pair, arrangements, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualfocus.runtime import Bundle, FocusRunner, PlainRunner
-from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.errors import QuestionError
-from dualfocus.runtime.result import Answer, Counters, FocusResult, Generation
-from dualfocus.runtime.scheduler import image_name
-from dualfocus.runtime.sequence import CachedSequence, common_prefix, embed, log_softmax
-from dualfocus.runtime.turns import ImageToken, Prompt, Turns
+from dualfocus.runtime.geometry import Region
+from dualfocus.runtime.manifest import DecoderSpec, ImageSpec, TokenSpec
+from dualfocus.runtime.result import Answer, Counters, FocusResult, Generation, ReplyToken, Stage
+from dualfocus.runtime.scheduler import Savings
+from dualfocus.runtime.selection import loss
+from dualfocus.runtime.sequence import common_prefix
+from dualfocus.runtime.turns import DUALFOCUS, ImageToken, Turns
 
 BOX = "[0.10, 0.20, 0.60, 0.70]"
 QUESTION = "What is written on the red star?"
+QUESTIONS = [QUESTION, "What else?", QUESTION, "Why\nA. so\nB. not"]
+TOKENIZER = fakes.make_tokenizer()
 
 
 def spelled(text: str) -> list[int]:
     """The tokenizer's spelling of a reply, its end included."""
-    return [*fakes.make_tokenizer().encode(" " + text).ids, fakes.EOS]
+    return [*TOKENIZER.encode(" " + text).ids, fakes.EOS]
 
 
 def spelled_out(text: str) -> list[int]:
     """Another spelling of the same reply: from its first comma on, character by character."""
-    tokenizer = fakes.make_tokenizer()
     head, comma, tail = (" " + text).partition(",")
-    characters = (tokenizer.encode(character).ids[0] for character in comma + tail)
-    return [*tokenizer.encode(head).ids, *characters, fakes.EOS]
+    characters = (TOKENIZER.encode(character).ids[0] for character in comma + tail)
+    return [*TOKENIZER.encode(head).ids, *characters, fakes.EOS]
 
 
 def script(box: list[int], macro: str = "a sta", micro: str = "AB7.") -> dict[str, list[int]]:
@@ -45,136 +49,220 @@ def script(box: list[int], macro: str = "a sta", micro: str = "AB7.") -> dict[st
     }
 
 
-def same(fast: FocusResult, plain: FocusResult) -> None:
-    """Everything but what it cost; numbers to within rounding."""
-    assert (fast.answer, fast.chosen, fast.fallback) == (plain.answer, plain.chosen, plain.fallback)
-    assert (fast.box, fast.crop) == (plain.box, plain.crop)
-    same_generation(fast.located, plain.located)
-    for ours, theirs in ((fast.macro, plain.macro), (fast.micro, plain.micro)):
-        assert (ours is None) == (theirs is None)
-        if ours is not None and theirs is not None:
-            assert ours.text == theirs.text
-            same_generation(ours.generation, theirs.generation)
-            assert ours.loss == (None if theirs.loss is None else pytest.approx(theirs.loss, abs=1e-4))
+def make(**changes: object) -> Bundle:
+    return fakes.make_bundle(script(spelled(BOX)), **changes)
 
 
-def same_generation(ours: Generation | None, theirs: Generation | None) -> None:
-    assert (ours is None) == (theirs is None)
-    if ours is not None and theirs is not None:
-        assert (ours.text, ours.tokens) == (theirs.text, theirs.tokens)
-        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
+FAKE = make()
 
 
-def same_work(fast: Counters, plain: Counters) -> None:
-    """What reuse leaves out is counted as reused, and tokens are chosen as often."""
-    assert fast.tokens_prefilled + fast.tokens_reused == plain.tokens_prefilled
-    assert fast.decode_steps == plain.decode_steps
-    assert plain.tokens_reused == 0
+@pytest.fixture
+def bundle() -> Bundle:
+    """A model that names `BOX` and whose passes disagree."""
+    return make()
+
+
+def generations(result: FocusResult) -> dict[str, Generation]:
+    said = {"macro": result.macro, "locate": result.located, "micro": result.micro}
+    return {name: getattr(g, "generation", g) for name, g in said.items() if g is not None}
+
+
+class Checked:
+    """A runner whose every answer is held against the plain one's, both with the grammar or both without."""
+
+    def __init__(self, bundle: Bundle, *, free_box: bool = False, **options: object) -> None:
+        self.bundle = bundle
+        self.fast = FocusRunner(bundle, free_box=free_box, **options)
+        self.plain = PlainRunner(bundle, free_box=free_box, select=options.get("select"))
+
+    def ask(
+        self, picture: np.ndarray, question: str, mode: str = "dual", box: str | None = None
+    ) -> FocusResult:
+        images = self.bundle.vision.images
+        fast = self.fast.ask(picture, question, mode, box_reply=box)
+        assert fast.counters.vision_encodes == self.bundle.vision.images - images
+        self.compare(picture, question, fast, mode, box)
+        return fast
+
+    def compare(
+        self,
+        picture: np.ndarray,
+        question: str,
+        fast: FocusResult,
+        mode: str = "dual",
+        box: str | None = None,
+    ) -> None:
+        plain = self.plain.ask(picture, question, mode, box_reply=box)
+        same(Pair(picture, question, box), fast, plain, self.bundle, alike=True)
+        ours, theirs = fast.counters, plain.counters
+        assert ours.tokens_prefilled + ours.tokens_reused == theirs.tokens_prefilled
+        assert ours.decode_steps <= theirs.decode_steps
+        assert ours.decode_steps <= ours.decode_rows <= theirs.decode_rows
+        assert ours.tokens_accepted <= ours.tokens_drafted
+        assert theirs.tokens_reused == theirs.tokens_forced == theirs.tokens_drafted == 0
+
+
+# Equality
 
 
 @pytest.mark.parametrize("rule", ["reference", "answer"])
 @pytest.mark.parametrize("mode", ["dual", "macro", "micro"])
 @pytest.mark.parametrize("spell", [spelled, spelled_out])
-def test_reuse_changes_nothing(picture, rule, mode, spell):
+def test_nothing_changes_an_answer(picture, rule, mode, spell):
+    """A reply that is not spelled canonically is one only a free box can give."""
     bundle = fakes.make_bundle(script(spell(BOX)))
-    fast, plain = FocusRunner(bundle, select=rule), PlainRunner(bundle, select=rule)
-    for question in (QUESTION, "What else?", QUESTION):
-        ours, theirs = fast.ask(picture, question, mode), plain.ask(picture, question, mode)
-        same(ours, theirs)
-        same_work(ours.counters, theirs.counters)
-    assert mode == "macro" or ours.located.text == BOX
+    checked = Checked(bundle, select=rule, free_box=spell is spelled_out)
+    for question in QUESTIONS:
+        result = checked.ask(picture, question, mode)
+        if mode != "macro" and question == QUESTION:
+            assert result.located.text == BOX
+            assert result.located.tokens == tuple(spell(BOX))
 
 
-def test_dual_on_a_first_question_costs_what_the_protocol_predicts(picture):
-    bundle = fakes.make_bundle(script(spelled(BOX)))
-    result = FocusRunner(bundle).ask(picture, QUESTION)
-    turns = Turns(bundle.manifest, bundle.tokenizer, QUESTION)
-    macro, locate = turns.macro("w").tokens, turns.locate("w").tokens
-    micro = turns.micro("w", "c", BOX).tokens
-    candidates = [turns.select("w", "c", BOX, text).tokens for text in ("a sta", "AB7")]
-    said = {name: list(g.tokens[:-1]) for name, g in generations(result).items()}
-
-    assert (result.macro.text, result.located.text, result.micro.text) == ("a sta", BOX, "AB7")
-    branches = [
-        common_prefix(macro, locate),  # system, USER: and the image
-        len(locate) + len(said["locate"]),  # micro goes on from the reply, only its </s> is new
-        common_prefix([*micro, *said["micro"]], candidates[0]),
-        common_prefix(*candidates) - 1,  # what the first token is judged by is computed again
-    ]
-    assert branches[0] > fakes.IMAGE_TOKENS
-    assert branches[2] > 2 * fakes.IMAGE_TOKENS
-    prompts = [macro, locate, micro, *candidates]
-    counters = result.counters
-    assert counters.vision_encodes == 2
-    assert counters.tokens_reused == sum(branches)
-    assert counters.tokens_prefilled == sum(map(len, prompts)) - sum(branches)
-    assert counters.decode_steps == sum(len(g.tokens) for g in generations(result).values())
-
-    plain = PlainRunner(bundle).ask(picture, QUESTION).counters
-    assert (plain.vision_encodes, plain.tokens_prefilled) == (8, sum(map(len, prompts)))
+@pytest.mark.parametrize("savings", arrangements().values(), ids=arrangements().keys())
+def test_no_saving_changes_an_answer(picture, bundle, savings):
+    runner, plain = FocusRunner(bundle, savings=savings), PlainRunner(bundle, free_box=False)
+    for question in QUESTIONS:
+        for shown in (picture, picture[::-1]):
+            expected = plain.ask(shown, question)
+            images = bundle.vision.images
+            fast = runner.ask(shown, question)
+            same(Pair(shown, question), fast, expected, bundle, alike=True)
+            assert fast.counters.vision_encodes == bundle.vision.images - images
 
 
-def generations(result: FocusResult) -> dict[str, Generation]:
-    return {
-        "macro": result.macro.generation,
-        "locate": result.located,
-        "micro": result.micro.generation,
-    }
+@settings(max_examples=12, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(QUESTIONS)), max_size=7),
+    st.integers(1, 4),
+    st.sampled_from([0, 0.02, 512]),
+)
+def test_any_order_of_pictures_and_questions_is_answered_as_if_alone(asked, batch, cache_mb):
+    bundle = FAKE
+    rng = np.random.default_rng(0)
+    pictures = {name: rng.integers(0, 256, (50, 70, 3), np.uint8) for name in "abc"}
+    one, many = (Checked(bundle, cache_mb=cache_mb, batch=size) for size in (1, batch))
+    results = many.fast.ask_many([(pictures[name], question) for name, question in asked])
+    for (name, question), result in zip(asked, results, strict=True):
+        many.compare(pictures[name], question, result)
+        one.ask(pictures[name], question)
 
 
-def test_a_box_spelled_differently_is_computed_again_from_where_the_spellings_part(picture):
-    bundle = fakes.make_bundle(script(spelled_out(BOX)))
-    result = FocusRunner(bundle).ask(picture, QUESTION, "micro")
-    turns = Turns(bundle.manifest, bundle.tokenizer, QUESTION)
-    locate, micro = turns.locate("w").tokens, turns.micro("w", "c", BOX).tokens
-    held = [*locate, *result.located.tokens[:-1]]
-    kept = common_prefix(held, micro)
-    assert len(locate) < kept < len(held)
-    # the row was cut behind `kept`, and the next token is the reply's: its probability is asked for
-    assert result.counters.tokens_reused == kept - 1
-    assert result.counters.tokens_prefilled == len(locate) + len(micro) - (kept - 1)
+def test_a_picture_changed_in_place_is_another_picture(picture, bundle):
+    checked = Checked(bundle)
+    before = checked.ask(picture, QUESTION)
+    picture[:] = 255 - picture
+    assert checked.ask(picture, QUESTION).macro.generation.logprobs != before.macro.generation.logprobs
 
 
-def test_a_second_question_starts_behind_the_picture(picture):
-    bundle = fakes.make_bundle(script(spelled(BOX)))
-    runner = FocusRunner(bundle)
-    runner.ask(picture, QUESTION)
-    second = runner.ask(picture, "What else?", "macro")
-    prompt = Turns(bundle.manifest, bundle.tokenizer, "What else?").macro("w").tokens
-    image_ends = max(i for i, token in enumerate(prompt) if isinstance(token, ImageToken))
-    assert second.counters.vision_encodes == 0
-    assert second.counters.tokens_reused > image_ends
-    assert runner.ask(picture, QUESTION).counters.vision_encodes == 0  # the crop is remembered too
+def test_a_sessions_picture_stays_what_it_was(picture, bundle):
+    checked = Checked(bundle)
+    original = picture.copy()
+    session = checked.fast.session(picture)
+    picture[:] = 0
+    for question in QUESTIONS:
+        checked.compare(original, question, session.ask(question))
+
+
+def test_a_different_picture_never_hits(picture, bundle):
+    checked = Checked(bundle)
+    checked.ask(picture, QUESTION)
+    prompt = Turns(bundle.manifest, bundle.tokenizer, QUESTION).macro("w").tokens
+    image_begins = next(i for i, token in enumerate(prompt) if isinstance(token, ImageToken))
+    other = picture.copy()
+    other[-1, -1, -1] ^= 1
+    for different in (other, picture.reshape(320, 240, 3)):
+        counters = checked.ask(different, QUESTION, "macro").counters
+        assert counters.vision_encodes == 1
+        assert counters.tokens_reused == image_begins
+        checked.ask(different, QUESTION)
+
+
+def test_two_boxes_on_a_picture_are_two_crops(picture, bundle):
+    checked = Checked(bundle)
+    for box, encodes in ((BOX, 2), ("[0.50, 0.50, 0.90, 0.90]", 1), (BOX, 0)):
+        assert checked.ask(picture, QUESTION, box=box).counters.vision_encodes == encodes
 
 
 def test_an_equal_pair_is_not_scored(picture):
     bundle = fakes.make_bundle(script(spelled(BOX), macro="AB7", micro="AB7."))
-    for runner in (FocusRunner(bundle), PlainRunner(bundle)):
-        result = runner.ask(picture, QUESTION)
-        assert result.macro.text == result.micro.text == "AB7"
-        assert result.macro.loss is result.micro.loss is None
-        assert result.chosen == "macro"
-        assert "select" not in result.times_ms
+    result = Checked(bundle).ask(picture, QUESTION)
+    assert result.macro.text == result.micro.text == "AB7"
+    assert result.macro.loss is result.micro.loss is None
+    assert result.chosen == "macro"
+    assert "select" not in result.times_ms
 
 
 @pytest.mark.parametrize("reply", ["none", "[0.6, 0.7, 0.1, 0.2]", "[0.00, 0.00, 0.00, 0.00]"])
 @pytest.mark.parametrize("mode", ["dual", "micro"])
-def test_without_a_crop_the_answer_is_macro(picture, reply, mode):
+@pytest.mark.parametrize("given", [False, True])
+def test_without_a_crop_the_answer_is_macro(picture, reply, mode, given):
     bundle = fakes.make_bundle(script(spelled(reply)))
-    for runner in (FocusRunner(bundle), PlainRunner(bundle)):
-        result = runner.ask(picture, QUESTION, mode)
-        assert (result.answer, result.chosen, result.micro, result.crop) == ("a sta", "macro", None, None)
-        assert reply in result.fallback
-        assert (result.box is None) == (reply == "none")
+    checked = Checked(bundle, free_box=True)
+    result = checked.ask(picture, QUESTION, mode, reply if given else None)
+    assert (result.answer, result.chosen, result.micro, result.crop) == ("a sta", "macro", None, None)
+    assert reply in result.fallback
+    assert (result.box is None) == (reply == "none")
 
 
-def test_the_lower_loss_wins_and_the_rules_can_disagree():
+def test_under_the_grammar_every_reply_is_a_box(picture):
+    bundle = fakes.make_bundle(script(spelled("none")))
+    result = Checked(bundle).ask(picture, QUESTION)
+    assert result.box is not None
+    assert bundle.manifest.box.write(*(float(n) for n in result.located.text.strip("[]").split(", "))) == (
+        result.located.text
+    )
+
+
+@pytest.mark.parametrize("most", [1, 3, 7, *(len(spelled(BOX)) - short for short in (3, 2, 1, 0))])
+def test_a_reply_ends_at_the_manifests_length(picture, most):
+    """In the middle of a box or of a draft, too."""
+    checked = Checked(make(max_new_tokens=most))
+    for question in QUESTIONS:
+        result = checked.ask(picture, question)
+        assert all(len(generation.tokens) <= most for generation in generations(result).values())
+    result = checked.ask(picture, QUESTION, box=BOX)
+    assert result.micro is not None
+    assert result.macro.generation.tokens == tuple(spelled("a sta")[:most])
+
+
+def test_a_draft_ends_where_the_context_does(picture):
+    """With box replies ever longer, until there is no room for the micro answer and then for its prompt."""
+    bundle = fakes.make_bundle(script(spelled(BOX), macro="AB7", micro="AB7"))
+    checked = Checked(bundle)
+    turns = Turns(bundle.manifest, bundle.tokenizer, QUESTION)
+    word = " the"  # one token
+    room = bundle.manifest.decoder.context - len(turns.micro("w", "c", BOX).tokens)
+    answered = refused = 0
+    for words in range(room - len(spelled("AB7")) - 1, room + 2):
+        box = BOX + words * word
+        try:
+            result = checked.plain.ask(picture, QUESTION, box_reply=box)
+        except QuestionError:
+            with pytest.raises(QuestionError):
+                checked.fast.ask(picture, QUESTION, box_reply=box)
+            refused += 1
+            continue
+        assert result.micro.text == "AB7"
+        checked.ask(picture, QUESTION, box=box)
+        answered += 1
+    assert answered
+    assert refused
+
+
+@pytest.mark.parametrize("runner", [FocusRunner, PlainRunner])
+def test_what_cannot_fit_is_refused_before_anything_is_computed(picture, bundle, runner):
+    for question in ("", " \n ", "word " * 2000):
+        with pytest.raises(QuestionError):
+            runner(bundle).ask(picture, question)
+    assert bundle.decoder.calls == bundle.vision.images == 0
+
+
+def test_the_lower_loss_wins():
     def answer(text: str, loss: float | None) -> Answer:
         return Answer(text, Generation(text, (1,), (-1.0,)), loss)
 
     def chosen(macro: float | None, micro: float | None) -> str:
-        from dualfocus.runtime.geometry import Region
-
         pair = answer("a", macro), None, Region(), answer("b", micro)
         return FocusResult.conclude(*pair, Counters(), {}).answer
 
@@ -184,9 +272,7 @@ def test_the_lower_loss_wins_and_the_rules_can_disagree():
     assert chosen(None, None) == "a"
 
 
-def test_rules():
-    from dualfocus.runtime.selection import loss
-
+def test_the_rules_can_disagree():
     box, short, long = [-1.0] * 20, [-3.0], [-2.0] * 5
     assert loss(box, short, "reference") == pytest.approx(23 / 21)
     assert loss(box, long, "reference") == pytest.approx(30 / 25)
@@ -194,190 +280,386 @@ def test_rules():
     assert loss(box, long, "answer") == 2  # and so the other one wins
 
 
-def test_a_reply_ends_at_the_manifests_length(picture):
-    bundle = fakes.make_bundle(max_new_tokens=3)
-    for runner in (FocusRunner(bundle), PlainRunner(bundle)):
-        result = runner.ask(picture, QUESTION, "macro")
-        assert len(result.macro.generation.tokens) <= 3
+# What is left half done
 
 
-@pytest.mark.parametrize("runner", [FocusRunner, PlainRunner])
-def test_what_cannot_fit_is_refused_before_anything_is_computed(picture, runner):
-    bundle = fakes.make_bundle()
-    for question in ("", " \n ", "word " * 2000):
-        with pytest.raises(QuestionError):
-            runner(bundle).ask(picture, question)
-    assert bundle.decoder.calls == 0
-
-
-@settings(max_examples=12, deadline=None)
-@given(
-    st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(["What?", "What else?", "Why"])), max_size=6)
-)
-def test_any_order_of_pictures_and_questions_is_answered_as_if_alone(asked):
-    bundle = fakes.make_bundle(script(spelled(BOX)))
-    rng = np.random.default_rng(0)
-    pictures = {name: rng.integers(0, 256, (50, 70, 3), np.uint8) for name in "ab"}
-    runner, plain = FocusRunner(bundle), PlainRunner(bundle)
-    for name, question in asked:
-        same(runner.ask(pictures[name], question), plain.ask(pictures[name], question))
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(0, 50 * 70 * 3 - 1), st.integers(1, 255))
-def test_one_changed_byte_is_another_picture(at, by):
-    picture = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
-    changed = picture.copy()
-    changed.flat[at] ^= np.uint8(by)
-    assert image_name(picture, "model") != image_name(changed, "model")
-    assert image_name(picture, "model") == image_name(picture.copy(), "model")
-
-
-def test_shape_and_model_are_part_of_a_pictures_name(picture):
-    assert image_name(picture, "a") != image_name(picture, "b")
-    assert image_name(picture, "a") != image_name(picture.reshape(320, 240, 3), "a")
-    assert image_name(picture[:, ::-1], "a") != image_name(picture, "a")
-    assert image_name(picture[:, ::2], "a") == image_name(picture[:, ::2].copy(), "a")
-
-
-def test_a_different_picture_never_hits(picture):
-    bundle = fakes.make_bundle(script(spelled(BOX)))
-    runner = FocusRunner(bundle)
-    runner.ask(picture, QUESTION)
-    prompt = Turns(bundle.manifest, bundle.tokenizer, QUESTION).macro("w").tokens
-    image_begins = next(i for i, token in enumerate(prompt) if isinstance(token, ImageToken))
-    other = picture.copy()
-    other[-1, -1, -1] ^= 1
-    for different in (other, picture.reshape(320, 240, 3)):
-        counters = runner.ask(different, QUESTION, "macro").counters
-        assert counters.vision_encodes == 1
-        assert counters.tokens_reused == image_begins
-        same(runner.ask(different, QUESTION), PlainRunner(bundle).ask(different, QUESTION))
-
-
-def test_two_boxes_on_a_picture_are_two_crops(picture):
-    bundle = fakes.make_bundle(script(spelled(BOX)))
-    runner = FocusRunner(bundle)
-    for reply, encodes in ((BOX, 2), ("[0.50, 0.50, 0.90, 0.90]", 1), (BOX, 0)):
-        result = runner.ask(picture, QUESTION, box_reply=reply)
-        same(result, PlainRunner(bundle).ask(picture, QUESTION, box_reply=reply))
-        assert result.counters.vision_encodes == encodes
-
-
-@contextmanager
-def interrupted(decoder: fakes.FakeDecoder, call: int, *, late: bool):
-    """Ctrl-C at the decoder's `call`-th call from now, before or after it has written to the cache."""
-    extend = decoder.extend
-    stop = decoder.calls + call
-
-    def stopping(*args: object) -> np.ndarray:
-        if decoder.calls == stop:
-            if late:
-                extend(*args)
-            raise KeyboardInterrupt
-        return extend(*args)
-
-    decoder.extend = stopping
-    with pytest.raises(KeyboardInterrupt):
-        yield
-    decoder.extend = extend
-
-
-@pytest.mark.parametrize("call", [0, 2, 5, 9, 12])
-@pytest.mark.parametrize("late", [False, True])
-def test_an_interrupted_question_leaves_nothing_stale(picture, call, late):
-    bundle = fakes.make_bundle(script(spelled(BOX)))
-    runner = FocusRunner(bundle)
-    with interrupted(bundle.decoder, call, late=late):
-        runner.ask(picture, QUESTION)
-    for question in ("What else?", QUESTION):
-        same(runner.ask(picture, question), PlainRunner(bundle).ask(picture, question))
+def calls_of(work) -> int:
+    """How many times a new bundle's decoder is called by `work`."""
+    bundle = make()
+    work(FocusRunner(bundle, batch=3))
+    return bundle.decoder.calls
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_an_interrupted_prefill_leaves_nothing_stale(late):
-    bundle = fakes.make_bundle()
-    spec = bundle.manifest.decoder
-    sequence = CachedSequence(bundle.decoder, KVCache(spec, 1, 16), 0, bundle.embeddings)
-    sequence.extend_to(Prompt((3, 4, 5, 6), ()), {}, Counters())
-    with interrupted(bundle.decoder, 0, late=late):
-        sequence.extend_to(Prompt((3, 4, 7, 7), ()), {}, Counters())
-    sequence.extend_to(Prompt((3, 4, 8), (range(2, 3),)), {}, Counters())
-    logits = bundle.decoder.extend(KVCache(spec, 1, 16), 0, embed([3, 4], bundle.embeddings, {}), [1])
-    assert sequence.logprobs(range(2, 3)) == pytest.approx([log_softmax(logits)[0][8]], abs=1e-6)
+def test_an_interrupted_question_leaves_nothing_stale(picture, late):
+    """At every single call of the decoder."""
+    for call in range(calls_of(lambda runner: runner.ask(picture, QUESTION))):
+        bundle = make()
+        checked = Checked(bundle)
+        with fakes.interrupted(bundle.decoder, call, late=late):
+            checked.fast.ask(picture, QUESTION)
+        for question in ("What else?", QUESTION):
+            checked.ask(picture, question)
 
 
-def test_a_picture_changed_in_place_is_another_picture(picture):
-    bundle = fakes.make_bundle(script(spelled(BOX)))
-    runner = FocusRunner(bundle)
-    runner.ask(picture, QUESTION)
-    picture[:] = 255 - picture
-    same(runner.ask(picture, QUESTION), PlainRunner(bundle).ask(picture, QUESTION))
+@pytest.mark.parametrize("late", [False, True])
+def test_an_interrupted_batch_leaves_nothing_stale(picture, late):
+    asked = [(picture, QUESTION), (picture[::-1], QUESTION), (picture, "What else?")]
+    for call in range(0, calls_of(lambda runner: runner.ask_many(asked)), 3):
+        bundle = make()
+        checked = Checked(bundle, batch=3)
+        with fakes.interrupted(bundle.decoder, call, late=late):
+            checked.fast.ask_many(asked)
+        for (shown, question), result in zip(asked[::-1], checked.fast.ask_many(asked[::-1]), strict=True):
+            checked.compare(shown, question, result)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(
-        st.tuples(
-            st.lists(st.integers(3, 6), min_size=2, max_size=12),  # few tokens, so that prefixes are common
-            st.lists(st.tuples(st.integers(1, 12), st.integers(1, 4)), max_size=2),
-            st.integers(0, 3),
-        ),
-        min_size=1,
-        max_size=6,
+def test_a_stream_that_was_left_cannot_go_on_once_another_question_was_asked(picture, bundle):
+    """At every single event, whoever asks the next question."""
+    events = len(list(FocusRunner(bundle).stream(picture, QUESTION)))
+    others = [
+        lambda runner: runner.ask(picture[::-1], "What else?"),
+        lambda runner: runner.ask_many([(picture[::-1], "What else?")])[0],
+        lambda runner: runner.session(picture[::-1]).ask("What else?"),
+        lambda runner: list(runner.stream(picture[::-1], "What else?"))[-1],
+    ]
+    for read in range(1, events):
+        checked = Checked(bundle)
+        stream = checked.fast.stream(picture, QUESTION)
+        for _ in range(read):
+            next(stream)
+        checked.compare(picture[::-1], "What else?", others[read % 4](checked.fast))
+        with pytest.raises(RuntimeError, match="asked something else"):
+            next(stream)
+        checked.ask(picture, QUESTION)
+
+
+def test_a_stream_not_begun_or_read_to_its_end_is_in_nobodys_way(picture, bundle):
+    checked = Checked(bundle)
+    late = checked.fast.stream(picture, QUESTION)
+    *_, result = checked.fast.stream(picture, "What else?")
+    checked.compare(picture, "What else?", result)
+    *_, result = late
+    checked.compare(picture, QUESTION, result)
+
+
+def test_a_stream_tells_what_ask_returns(picture, bundle):
+    *events, result = FocusRunner(bundle).stream(picture, QUESTION)
+    assert result == FocusRunner(bundle).ask(picture, QUESTION)
+    for name, generation in generations(result).items():
+        told = [event for event in events if isinstance(event, ReplyToken) and event.reply == name]
+        assert tuple(event.token for event in told) == generation.tokens
+        assert "".join(event.text for event in told).strip() == generation.text
+    regions = [event for event in events if isinstance(event, Region)]
+    assert [(region.box, region.crop) for region in regions] == [(result.box, result.crop)]
+    stages = [event.name for event in events if isinstance(event, Stage)]
+    assert stages == [stage for stage in result.times_ms if stage != "total"]
+    assert stages[-1] == "select"
+
+
+# What it costs
+
+
+def test_a_first_question_costs_what_the_protocol_predicts(picture, bundle):
+    result = Checked(bundle).ask(picture, QUESTION)
+    turns = Turns(bundle.manifest, bundle.tokenizer, QUESTION)
+    macro, locate = turns.macro("w").tokens, turns.locate("w").tokens
+    micro = turns.micro("w", "c", BOX).tokens
+    candidates = [turns.select("w", "c", BOX, text).tokens for text in ("a sta", "AB7")]
+    assert (result.macro.text, result.located.text, result.micro.text) == ("a sta", BOX, "AB7")
+
+    begins = common_prefix(macro, locate)  # system, USER: and the image
+    select_begins = common_prefix(micro, candidates[0])
+    shared = common_prefix(*candidates)
+    assert begins > fakes.IMAGE_TOKENS
+    assert select_begins > 2 * fakes.IMAGE_TOKENS
+    assert result.counters.vision_encodes == 2
+    # candidates' last tokens, their ends, are judged and not fed
+    scored = (shared - select_begins) + sum(len(candidate) - 1 - shared for candidate in candidates)
+    events = FocusRunner(bundle).stream(picture, QUESTION)
+    next(event for event in events if event == Stage("select"))
+    fed = bundle.decoder.tokens
+    list(events)
+    assert bundle.decoder.tokens - fed == scored
+    # the micro prompt goes on from what was decoded of the box
+    least = (
+        len(macro) + (len(locate) - begins) + (len(micro) - len(locate) - len(result.located.tokens)) + scored
     )
-)
-def test_a_cached_sequence_equals_recomputation(steps):
-    bundle = fakes.make_bundle()
-    spec = bundle.manifest.decoder
-    sequence = CachedSequence(bundle.decoder, KVCache(spec, 2, spec.context), 1, bundle.embeddings)
-    counters = Counters()
-    for tokens, spans, appended in steps:
-        ends = [(start, min(start + length, len(tokens))) for start, length in spans]
-        replies = tuple(range(start, stop) for start, stop in ends if start < stop)
-        sequence.extend_to(Prompt(tuple(tokens), replies), {}, counters)
-        for _ in range(appended):
-            tokens = [*tokens, int(np.argmax(sequence.next))]
-            sequence.append(tokens[-1])
-        logits = bundle.decoder.extend(
-            KVCache(spec, 1, spec.context), 0, embed(tokens, bundle.embeddings, {}), range(len(tokens))
-        )
-        expected = log_softmax(logits)
-        np.testing.assert_allclose(sequence.next, expected[-1], atol=1e-6)
-        for reply in replies:
-            wanted = [expected[at - 1][tokens[at]] for at in reply]
-            np.testing.assert_allclose(sequence.logprobs(reply), wanted, atol=1e-6)
-    assert counters.tokens_reused + counters.tokens_prefilled == sum(len(tokens) for tokens, _, _ in steps)
+    assert least <= result.counters.tokens_prefilled <= least + 4
+
+    plain = PlainRunner(bundle).ask(picture, QUESTION).counters
+    assert (plain.vision_encodes, plain.tokens_prefilled) == (
+        8,
+        sum(map(len, (macro, locate, micro, *candidates))),
+    )
 
 
-def test_a_stale_entry_is_noticed():
-    """The made-up decoder is worth something: one wrong entry in the cache changes what it says."""
-    bundle = fakes.make_bundle()
-    spec = bundle.manifest.decoder
-    tokens = [5, 6, 7, 8, 9]
-    logits = []
-    for stale in (None, 2):
-        cache = KVCache(spec, 1, 16)
-        bundle.decoder.extend(cache, 0, embed(tokens[:4], bundle.embeddings, {}), [3])
-        if stale is not None:
-            cache.keys[0][0, 0, stale] += 1e-2
-        logits.append(bundle.decoder.extend(cache, 0, embed(tokens[4:], bundle.embeddings, {}), [0]))
-    assert np.abs(logits[0] - logits[1]).max() > 1e-3
+def test_the_counters_are_what_the_engines_did(picture, bundle):
+    """Every token that the decoder was given is one that the counters know of."""
+    for question in QUESTIONS:
+        runner = FocusRunner(bundle)
+        calls, fed = bundle.decoder.calls, bundle.decoder.tokens
+        result = runner.ask(picture, question)
+        calls, fed = bundle.decoder.calls - calls, bundle.decoder.tokens - fed
+        counters = result.counters
+        prompts = 3 + 2 * (
+            result.macro.loss is not None
+        )  # macro, locate, micro; shared and parted candidates
+        assert counters.decode_steps < calls <= counters.decode_steps + prompts
+        replies = sum(len(generation.tokens) for generation in generations(result).values())
+        rejected = counters.tokens_drafted - counters.tokens_accepted
+        assert fed <= counters.tokens_prefilled + replies + rejected
+        assert fed >= counters.tokens_prefilled + counters.decode_rows
 
 
-@pytest.mark.parametrize("rule", ["reference", "answer"])
-def test_reuse_changes_nothing_in_onnx_runtime(tiny_bundle, rule):
-    bundle = Bundle.open(tiny_bundle, threads=1)
-    fast, plain = FocusRunner(bundle, select=rule), PlainRunner(bundle, select=rule)
-    rng = np.random.default_rng(11)
-    for size in ((90, 160), (160, 90), (64, 64)):
-        picture = rng.integers(0, 256, (*size, 3), np.uint8)
-        for question in ("What is it?", "Where?\nA. here\nB. there"):
-            for reply in (BOX, "[0.5, 0.5, 0.9, 0.6]", None):
-                ours = fast.ask(picture, question, box_reply=reply)
-                theirs = plain.ask(picture, question, box_reply=reply)
-                same(ours, theirs)
-                same_work(ours.counters, theirs.counters)
+def test_rows_decode_together_and_a_row_that_ended_costs_nothing(picture, bundle):
+    result = FocusRunner(bundle, savings=Savings(forced=False, draft=False)).ask(picture, QUESTION)
+    macro, locate, micro = (len(generation.tokens) - 1 for generation in generations(result).values())
+    assert result.counters.decode_steps == max(macro, locate) + micro
+    assert result.counters.decode_rows == macro + locate + micro
+    apart = FocusRunner(bundle, savings=Savings(forced=False, draft=False, batch=False)).ask(
+        picture, QUESTION
+    )
+    assert apart.counters.decode_steps == apart.counters.decode_rows == macro + locate + micro
+
+
+def test_what_is_forced_or_drafted_is_not_decoded(picture):
+    bundle = fakes.make_bundle(script(spelled(BOX), macro="AB7.", micro="AB7."))
+    free = FocusRunner(bundle, savings=Savings(forced=False, draft=False)).ask(picture, QUESTION).counters
+    forced = FocusRunner(bundle, savings=Savings(draft=False)).ask(picture, QUESTION).counters
+    drafted = FocusRunner(bundle, savings=Savings(forced=False)).ask(picture, QUESTION).counters
+    reply = len(spelled("AB7."))
+    assert free.tokens_forced == free.tokens_drafted == 0
+    assert forced.tokens_forced > 0
+    assert forced.decode_steps < free.decode_steps
+    assert drafted.tokens_drafted == drafted.tokens_accepted == reply
+    assert drafted.decode_rows == free.decode_rows - (reply - 1)
+
+
+def test_a_draft_that_is_departed_from_is_cut(picture):
+    bundle = fakes.make_bundle(script(spelled(BOX), macro="AB8", micro="AB7."))
+    result = Checked(bundle, savings=Savings(forced=False)).ask(picture, QUESTION)
+    agreed = common_prefix(spelled("AB8"), spelled("AB7."))
+    assert 0 < agreed < len(spelled("AB8"))
+    assert result.counters.tokens_accepted == agreed
+    assert result.counters.tokens_drafted == len(spelled("AB8"))
+
+
+def test_a_box_spelled_differently_is_computed_again_from_where_the_spellings_part(picture):
+    bundle = fakes.make_bundle(script(spelled_out(BOX)))
+    result = Checked(bundle, free_box=True).ask(picture, QUESTION, "micro")
+    turns = Turns(bundle.manifest, bundle.tokenizer, QUESTION)
+    locate, micro = turns.locate("w").tokens, turns.micro("w", "c", BOX).tokens
+    held = [*locate, *result.located.tokens[:-1]]
+    kept = common_prefix(held, micro)
+    assert len(locate) < kept < len(held)
+    assert kept - 1 <= result.counters.tokens_reused <= kept
+    assert result.counters.tokens_prefilled == len(locate) + len(micro) - result.counters.tokens_reused
+
+
+def test_a_second_question_starts_behind_the_picture(picture, bundle):
+    checked = Checked(bundle)
+    checked.ask(picture, QUESTION)
+    prompt = Turns(bundle.manifest, bundle.tokenizer, "What else?").macro("w").tokens
+    image_ends = max(i for i, token in enumerate(prompt) if isinstance(token, ImageToken))
+    second = checked.ask(picture, "What else?", "macro").counters
+    assert second.vision_encodes == 0
+    assert second.tokens_reused > image_ends
+    assert checked.ask(picture, QUESTION).counters.vision_encodes == 0  # the crop is remembered too
+
+
+def test_the_same_question_again_costs_less(picture, bundle):
+    checked = Checked(bundle)
+    first, second = (checked.ask(picture, QUESTION).counters for _ in range(2))
+    assert second.vision_encodes == 0
+    assert second.tokens_prefilled < first.tokens_prefilled
+
+
+def test_alternating_pictures_hit_the_pool(picture, bundle):
+    """Four pictures in turn: more than there are rows, so that it is the pool that remembers."""
+    checked = Checked(bundle)
+    pictures = [picture, picture[::-1], picture + np.uint8(1), picture + np.uint8(2)]
+    prompt = Turns(bundle.manifest, bundle.tokenizer, QUESTION).macro("w").tokens
+    image_ends = max(i for i, token in enumerate(prompt) if isinstance(token, ImageToken))
+    for shown in pictures:
+        assert checked.ask(shown, QUESTION).counters.vision_encodes == 2
+    for shown in pictures * 2:
+        counters = checked.ask(shown, QUESTION, "macro").counters
+        assert counters.vision_encodes == 0
+        assert counters.tokens_reused > image_ends
+        assert counters.tokens_prefilled < len(prompt) - image_ends
+    forgetful = Checked(bundle, savings=Savings(pool=False))
+    for shown in pictures[:2] * 2:
+        assert forgetful.ask(shown, QUESTION, "macro").counters.vision_encodes == 1
+
+
+def test_the_pools_prefix_is_not_needed_where_a_row_holds_more(picture, bundle):
+    checked = Checked(bundle)
+    first = checked.ask(picture, QUESTION, "macro").counters
+    again = checked.ask(picture, QUESTION, "macro").counters
+    assert again.tokens_prefilled <= 1 < first.tokens_prefilled
+
+
+def test_a_picture_that_was_put_out_is_encoded_again(picture, bundle):
+    """Room for one picture, with the prefix that it ends, and its crop."""
+    manifest = bundle.manifest
+    prompt = Turns(manifest, bundle.tokenizer, QUESTION).macro("w").tokens
+    begins = max(i for i, token in enumerate(prompt) if isinstance(token, ImageToken)) + 1
+    image = 4 * fakes.WIDTH * fakes.IMAGE_TOKENS
+    kept = 2 * image + 2 * 4 * fakes.WIDTH * begins
+    checked = Checked(bundle, cache_mb=kept / 1e6)
+    a, b = picture, picture[::-1]
+    encodes = [checked.ask(shown, QUESTION).counters.vision_encodes for shown in (a, a, b, b, a)]
+    assert encodes == [2, 0, 2, 0, 2]
+
+
+@pytest.mark.parametrize("cache_mb", [0, 1e-6, 0.005])
+def test_a_pool_without_room_works(picture, bundle, cache_mb):
+    checked = Checked(bundle, cache_mb=cache_mb)
+    for shown in (picture, picture, picture[::-1], picture):
+        checked.ask(shown, QUESTION)
+        assert checked.fast._pool.nbytes <= cache_mb * 1e6
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 40_000), st.lists(st.integers(0, 4), min_size=1, max_size=6))
+def test_the_pool_never_holds_more_than_it_may(limit, order):
+    bundle = FAKE
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (5, 30, 40, 3), np.uint8)
+    runner = FocusRunner(bundle, cache_mb=limit / 1e6, batch=2)
+    for at in order:
+        for _ in runner.stream(pictures[at], QUESTION):
+            assert runner._pool.nbytes <= limit
+        runner.ask_many([(pictures[at - 1], QUESTION), (pictures[at], "What else?")])
+        assert runner._pool.nbytes <= limit
+
+
+def test_questions_asked_together_share_encodes_and_calls(picture, bundle):
+    checked = Checked(bundle, batch=4)
+    images, calls = bundle.vision.images, bundle.decoder.calls
+    results = checked.fast.ask_many([(picture, QUESTION)] * 4)
+    assert bundle.vision.images - images == 2 == sum(result.counters.vision_encodes for result in results)
+    together = bundle.decoder.calls - calls
+    calls = bundle.decoder.calls
+    one = FocusRunner(bundle).ask(picture, QUESTION)
+    assert together < 4 * (bundle.decoder.calls - calls)
+    for result in results:
+        assert result.counters.decode_steps == one.counters.decode_steps
+        checked.compare(picture, QUESTION, result)
+
+
+# The gate
+
+
+def test_what_the_gate_lets_stand_is_the_macro_answer_at_its_cost(picture, bundle):
+    macro = FocusRunner(bundle).ask(picture, QUESTION, "macro")
+    sure = macro.macro.generation.confidence
+    skipped = FocusRunner(bundle, skip_above=0.999 * sure).ask(picture, QUESTION)
+    assert skipped == replace(macro, skipped=True)
+    assert skipped.micro is skipped.located is skipped.box is skipped.fallback is None
+    for gate in (sure, 1.0):  # not above it
+        result = Checked(bundle, skip_above=gate).ask(picture, QUESTION)
+        assert not result.skipped
+        assert result.micro
+
+
+def test_the_gate_is_off_unless_asked_for(picture):
+    bundle = make()
+    bundle.decoder._out[:] *= 1e-3  # but for the script's push, so that every answer is all but certain
+    result = FocusRunner(bundle).ask(picture, QUESTION)
+    assert result.macro.generation.confidence > 0.9
+    assert not result.skipped
+    assert result.micro
+
+
+def test_the_gate_is_dual_modes(picture, bundle):
+    checked = Checked(bundle, skip_above=0.0)
+    for mode in ("macro", "micro"):
+        assert not checked.ask(picture, QUESTION, mode).skipped
+
+
+# A question as LLaVA-1.5 is asked
+
+
+@pytest.fixture(scope="module")
+def llava() -> Bundle:
+    """576 image tokens, DualFocus' prompts, a tokenizer like Llama's; passes disagree about "How"."""
+    from dualfocus.export.random_weights import BOS, EOS, make_tokenizer
+
+    tokenizer = make_tokenizer(32_000)
+    vocabulary = tokenizer.get_vocab_size()
+    width = fakes.WIDTH
+    spec = DecoderSpec(1, width, 1, 1, width, vocabulary, 4096, "float32", ragged_append=True)
+    image = ImageSpec(8, 576, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "pad")
+    script: dict[str, list[int]] = {}
+    shape = {"image": image, "decoder": spec, "tokens": TokenSpec(BOS, (EOS,)), "max_new_tokens": 128}
+    bundle = fakes.make_bundle(script, tokenizer, **shape)
+    script["bounding box"] = fakes.spelling(bundle, "[0.13, 0.47, 0.52, 0.86]")
+    for mark in ("\nWhat", "question: What", "\nHow"):
+        script[mark] = fakes.spelling(bundle, "3EE")
+    script["question: How"] = fakes.spelling(bundle, "two of them")
+    return bundle
+
+
+def test_prompts_are_as_long_as_llamas(llava):
+    """Else what follows would count something else: a system sentence of 34 tokens, a box of about 26."""
+    assert llava.manifest.prompts == DUALFOCUS
+    assert 30 <= len(llava.tokenizer.encode(DUALFOCUS.system).ids) <= 40
+    assert 24 <= len(fakes.spelling(llava, "[0.13, 0.47, 0.52, 0.86]")) <= 30
+
+
+def test_a_question_to_llava_costs_what_it_has_to(picture, llava):
+    result = Checked(llava).ask(picture, QUESTION)
+    assert result.macro.text == result.micro.text == "3EE"
+    assert result.located.text == "[0.13, 0.47, 0.52, 0.86]"
+    counters = result.counters
+    assert counters.vision_encodes == 2
+    assert 2 * 576 < counters.tokens_prefilled <= 1360
+    assert counters.decode_steps <= 16
+    assert counters.tokens_accepted >= len(result.micro.generation.tokens)  # the whole draft
+
+
+def test_the_plain_protocol_pays_for_eight_images(picture, llava):
+    """Where the passes disagree and candidates are scored."""
+    question = "How many blue circles are there?"
+    result = Checked(llava).ask(picture, question)
+    assert result.macro.text != result.micro.text == "two of them"
+    plain = PlainRunner(llava, free_box=False).ask(picture, question).counters
+    assert plain.vision_encodes == 8
+    assert plain.tokens_prefilled > 8 * 576
+    assert result.counters.vision_encodes == 2
+    assert result.counters.tokens_prefilled < plain.tokens_prefilled / 3
+    assert result.counters.decode_steps < plain.decode_steps / 1.5
+
+
+def test_a_second_question_to_llava_pays_for_its_crop_alone(picture, llava):
+    checked = Checked(llava)
+    first = checked.ask(picture, QUESTION, box="[0.10, 0.20, 0.30, 0.40]").counters
+    second = checked.ask(picture, "What is to the left of it?").counters
+    assert (first.vision_encodes, second.vision_encodes) == (2, 1)
+    assert second.tokens_reused > 3 * 576  # of macro, locate and micro
+    assert 576 < second.tokens_prefilled < 2 * 576
+
+
+def test_where_the_select_turn_is_the_micro_turn_no_candidate_is_computed(picture):
+    """The draft pass scored the macro answer, decoding the micro answer, and the history the box."""
+    prompts = replace(DUALFOCUS, select=DUALFOCUS.micro)
+    bundle = make(prompts=prompts)
+    events = FocusRunner(bundle).stream(picture, QUESTION)
+    next(event for event in events if event == Stage("select"))
+    calls = bundle.decoder.calls
+    *_, result = events
+    assert bundle.decoder.calls == calls
+    assert None not in (result.macro.loss, result.micro.loss)
+    assert result.counters.tokens_accepted < result.counters.tokens_drafted
+    # and so a question that is scored costs no more than its three prompts
+    turns = Turns(bundle.manifest, bundle.tokenizer, QUESTION)
+    macro, locate = turns.macro("w").tokens, turns.locate("w").tokens
+    micro = turns.micro("w", "c", BOX).tokens
+    prefilled = len(macro) + len(locate) - common_prefix(macro, locate) + len(micro) - len(locate)
+    assert result.counters.tokens_prefilled <= prefilled
+    Checked(bundle).ask(picture, QUESTION)
 
 
 def test_the_runtime_imports_neither_torch_nor_an_engine():

@@ -1,0 +1,84 @@
+"""The sizes of models with random weights, which `dualfocus export --random` makes.
+
+Such a model says nothing sensible, and costs exactly what a trained one of its shape costs: it is here
+to be timed and to be compared with other runtimes. Another one is another row of `SHAPES`; what makes
+the weights is `random_weights`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dualfocus.export.errors import ExportError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A LLaVA: CLIP tower, projector of two layers with GELU between, llama decoder."""
+
+    name: str
+    # tower
+    image: int  # pixels a side
+    patch: int  # pixels a side
+    tower_layers: int
+    tower_width: int
+    tower_heads: int
+    tower_mlp: int
+    feature_layer: int  # whose output the projector sees; those after it are never run
+    feature_strategy: str  # "default": without the class token; "full": with it
+    # decoder
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    mlp: int
+    vocabulary: int
+    context: int  # tokens
+    rope_theta: float = 10_000.0
+    rope_scaling: dict[str, Any] | None = None
+    tied: bool = False  # one table embeds tokens and scores them
+    bias: bool = False
+    crop: bool = False  # a centre crop instead of padding to a square
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.image // self.patch) ** 2 + (self.feature_strategy == "full")
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in [
+        Shape(
+            name="edge",
+            # CLIP's ViT-B/16 at 384, all twelve layers: 576 tokens, as many as LLaVA-1.5's
+            image=384,
+            patch=16,
+            tower_layers=12,
+            tower_width=768,
+            tower_heads=12,
+            tower_mlp=3072,
+            feature_layer=-1,
+            feature_strategy="default",
+            # SmolLM2-135M
+            layers=30,
+            hidden=576,
+            heads=9,
+            kv_heads=3,
+            head_size=64,
+            mlp=1536,
+            vocabulary=49_152,
+            context=2048,
+            rope_theta=100_000.0,
+            tied=True,
+        ),
+    ]
+}
+
+
+def named(name: str) -> Shape:
+    """The shape of that name; ExportError where there is none."""
+    if name not in SHAPES:
+        raise ExportError(f"no shape is called {name!r}, expected one of {', '.join(SHAPES)}")
+    return SHAPES[name]

@@ -1,1 +1,1 @@
-"""Measurements: accuracy on drawn scenes, the crop kernel against its peers; dated results in results/."""
+"""Measurements: accuracy on drawn scenes, what savings and gate are worth, the crop kernel; dated results."""

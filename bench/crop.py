@@ -1,20 +1,18 @@
 """The crop kernel against Pillow + NumPy doing the same: crop, pad, resize, normalise, transpose. One thread.
 
-    python -m dualfocus.bench.crop [--rounds N] [--save]
-
-Pillow + NumPy starts from an open Pillow image, so that no conversion is charged to it. Each path's bytes are
-compared with Pillow's before it is timed. OpenCV and torchvision, where installed, are there for orientation:
-their pixels differ. "copy of the box" is a limit: the time it takes merely to copy the pixels concerned.
-The last line on stdout is one JSON object, what --save writes.
+``dualfocus bench crop``. Pillow + NumPy starts from an open Pillow image, so that no conversion is charged to
+it. Each path's bytes are compared with Pillow's before it is timed. OpenCV and torchvision, where installed,
+are there for orientation: their pixels differ. "copy of the box" is a limit: the time it takes merely to copy
+the pixels concerned.
 """
 
-import argparse
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import functools
-import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +20,11 @@ from PIL import Image
 
 from dualfocus import kernels
 from dualfocus.bench import harness
+from dualfocus.bench.harness import Watch
 from dualfocus.kernels import reference
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SIZE = 336
 PAD = (122, 116, 104)
@@ -122,7 +124,7 @@ def candidates(
     return found
 
 
-def run(rounds: int) -> dict[str, Any]:
+def run(rounds: int, watch: Watch = lambda *_: None) -> dict[str, Any]:
     """All that is measured, as the JSON object has it. RuntimeError if a path's pixels are not Pillow's."""
     picture = photograph()
     image = Image.fromarray(picture)
@@ -133,45 +135,28 @@ def run(rounds: int) -> dict[str, Any]:
             kernels.force_isa(isa)
             if not np.array_equal(kernels.crop_resize_u8(picture, box, SIZE, pad=PAD), want):
                 raise RuntimeError(f"{isa} on {name}: not the pixels that Pillow makes")
-        timings = harness.interleaved(candidates(picture, image, box), rounds)
+        timings = harness.interleaved(candidates(picture, image, box), rounds, watch=watch)
         kernels.force_isa(None)
         cases[name] = {
             label: dataclasses.asdict(timing) | {"ratio": timings[BASELINE].median / timing.median}
             for label, timing in timings.items()
         }
-    packages = ["dualfocus", "pillow", "numpy", "opencv-python-headless", "opencv-python", "torchvision"]
-    about = harness.machine(packages) | {"paths": kernels.available(), "threads": 1, "size": SIZE}
-    return {"machine": about, "rounds": rounds, "unit": "ms", "cases": cases}
+    paths = {"paths": kernels.available(), "size": SIZE}
+    return harness.header("crop", threads=1) | paths | {"rounds": rounds, "unit": "ms", "cases": cases}
 
 
-def show(result: dict[str, Any]) -> None:
-    """The result as a table for people, then as one line for programs."""
-    for key, value in result["machine"].items():
-        print(f"{key:>10}  {value}")
+def show(result: Mapping[str, Any], console: Console) -> None:
+    """The result as tables for people."""
+    from rich.table import Table
+
+    harness.show_machine(result["machine"], console)
     for name, rows in result["cases"].items():
-        print(f"\n{name} -> {SIZE} x {SIZE}, {result['rounds']} rounds")
-        print(f"{'':<40}{'median ms':>11}{'quartiles':>19}{'times as fast':>15}")
+        console.print(f"{name} -> {SIZE} x {SIZE}, {result['rounds']} rounds")
+        table = Table(box=None, pad_edge=False)
+        for column in ("", "ms", "quartiles", "times as fast"):
+            table.add_column(column, justify="right" if column else "left")
         for label, row in rows.items():
             quartiles = f"{row['low']:.2f} - {row['high']:.2f}"
-            print(f"{label:<40}{row['median']:>11.2f}{quartiles:>19}{row['ratio']:>15.1f}")
-    print(json.dumps(result))
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dualfocus.bench.crop", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--rounds", type=int, default=21, help="how often each candidate is timed (21)")
-    parser.add_argument("--save", action="store_true", help="write bench/results/<today>-crop.json")
-    options = parser.parse_args()
-    if options.rounds < 2:
-        parser.error(f"--rounds must be at least 2, got {options.rounds}")
-    result = run(options.rounds)
-    show(result)
-    if options.save:
-        harness.save("crop", result)
-
-
-if __name__ == "__main__":
-    main()
+            table.add_row(label, f"{row['median']:.2f}", quartiles, f"{row['ratio']:.1f}")
+        console.print(table)
+        console.print()

@@ -109,19 +109,21 @@ def ask(
 
         if plain:
             reference = PlainRunner(model, select=select, on_stage=waiting.say)
+
+            def answer(question: str) -> FocusResult:
+                with waiting:
+                    return reference.ask(pixels, question, mode)
         else:
             session = FocusRunner(
                 model, select=select, free_box=free_box, skip_above=skip_above, cache_mb=cache_mb
             ).session(pixels)
+            follow = _watch if _watched(sys.stdout) and not as_json else waiting.follow
+
+            def answer(question: str) -> FocusResult:
+                return follow(session.stream(question, mode))
+
         for question in questions:
-            if plain:
-                with waiting:
-                    result = reference.ask(pixels, question, mode)
-            elif _watched(sys.stdout) and not as_json:
-                result = _watch(session.stream(question, mode))
-            else:
-                with waiting:
-                    result = waiting.follow(session.stream(question, mode))
+            result = answer(question)
             if as_json:
                 shown = {**result.to_dict(), "bundle": model.manifest.name, "device": model.device}
                 print(json.dumps(shown), flush=True)  # in ASCII, which every stdout can take
@@ -396,9 +398,10 @@ class _Waiting:
         """Say the stages of an answer as they come; returns what comes last, its result."""
         from dualfocus.runtime import Stage
 
-        for event in events:
-            if isinstance(event, Stage):
-                self.say(event.name)
+        with self:
+            for event in events:
+                if isinstance(event, Stage):
+                    self.say(event.name)
         return _result(event)
 
     def __enter__(self) -> None:

@@ -292,14 +292,15 @@ def found_cases(bundle: Bundle, watch: Watch) -> dict[Kind, Case]:
     done = 0
     for _, group in itertools.groupby(questions, key=lambda question: question[0].seed):
         of_scene = list(group)
-        session = runner.session(np.asarray(scenes.draw(of_scene[0][0])))
+        picture = np.asarray(scenes.draw(of_scene[0][0]))
+        session = runner.session(picture)
         found: dict[Kind, dict[object, Asked]] = {kind: {} for kind in KINDS}  # by crop
         for _, dialogue in of_scene:
             watch("looking for questions", done, len(questions))
             done += 1
             result = session.ask(dialogue.question)
             if (kind := _kind(result)) is not None:
-                found[kind].setdefault(result.crop, Asked(session.picture, dialogue.question, {}))
+                found[kind].setdefault(result.crop, Asked(picture, dialogue.question, {}))
         for kind, by_crop in found.items():
             asked = list(by_crop.values())
             if len(asked) > 1 and kind not in pairs:

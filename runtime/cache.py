@@ -44,6 +44,11 @@ class KVCache:
         """Bytes reserved: 2 x layers x rows x KV heads x capacity x head size x 4."""
         return sum(array.nbytes for array in self.keys + self.values)
 
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes a token takes in a row."""
+        return self.nbytes // (len(self.lengths) * self.capacity)
+
     def truncate(self, row: int, length: int) -> None:
         """Forget what row `row` holds beyond `length` tokens."""
         assert 0 <= length <= self.lengths[row], f"row {row} holds {self.lengths[row]} tokens, not {length}"

@@ -101,11 +101,6 @@ class Prompts:
     select: str
     hint: str  # appended to a one-line question as its second line; empty where the model needs none
 
-    @property
-    def select_is_micro(self) -> bool:
-        """The select turn is the micro turn, so that the draft pass scores the macro answer for nothing."""
-        return self.select == self.micro
-
     def check(self) -> None:
         """Raise BundleError if a placeholder is missing, a turn does not show exactly one image, or no end
         token can follow a reply."""

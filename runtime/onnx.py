@@ -27,6 +27,8 @@ except ImportError:
     ) from None
 
 
+IDLE_TOKENS = 8  # a call may compute so many idle positions; for more, another call costs less
+
 Shapes = dict[str, list[int | None]]  # by name; None: any size
 
 
@@ -101,14 +103,25 @@ class OnnxDecoder:
     ) -> list[Floats]:
         assert len(set(rows)) == len(rows), f"a row twice in one call: {rows}"
         longest = max(map(len, embeddings))
-        if self._spec.ragged_append:  # each row of the call has to have room for the padding too
-            together = max(cache.lengths[min(rows) : max(rows) + 1]) + longest <= cache.capacity
-        else:
-            together = longest == 1 and max(rows) - min(rows) == len(rows) - 1
-        if together:
-            return self._run(cache, rows, embeddings, logits_at)
-        each = zip(rows, embeddings, logits_at, strict=True)
-        return [logits for row, new, at in each for logits in self._run(cache, [row], [new], [at])]
+        calls: list[list[int]] = []  # of indices into `rows`
+        for i in sorted(range(len(rows)), key=rows.__getitem__):
+            if calls and self._joins(cache, rows[calls[-1][-1]], rows[i], longest):
+                calls[-1].append(i)
+            else:
+                calls.append([i])
+        results: dict[int, Floats] = {}
+        for call in calls:
+            new, wanted = [embeddings[i] for i in call], [logits_at[i] for i in call]
+            results |= zip(call, self._run(cache, [rows[i] for i in call], new, wanted), strict=True)
+        return [results[i] for i in range(len(rows))]
+
+    def _joins(self, cache: KVCache, last: int, row: int, longest: int) -> bool:
+        """Whether `row` goes into the call whose last row is `last`, where all are padded to `longest`."""
+        idle = row - last - 1
+        if not self._spec.ragged_append:
+            return longest == 1 and not idle
+        room = cache.capacity - longest  # ONNX Runtime wants it for the padding too
+        return idle * longest <= IDLE_TOKENS and max(cache.lengths[last], cache.lengths[row]) <= room
 
     def _run(
         self,
@@ -117,7 +130,10 @@ class OnnxDecoder:
         embeddings: Sequence[Floats],
         logits_at: Sequence[Sequence[int]],
     ) -> list[Floats]:
-        """One call of the graph, over all rows from the first to the last; those not asked for stay idle."""
+        """One call of the graph, over all rows from the first to the last.
+
+        Those not asked for are idle: given no tokens, they pass as empty, and nothing is written to them.
+        """
         first, stop = min(rows), max(rows) + 1
         batch, longest, wanted = stop - first, max(map(len, embeddings)), max(map(len, logits_at))
         padded = np.zeros((batch, longest, self._spec.hidden), np.float32)
@@ -128,11 +144,11 @@ class OnnxDecoder:
             padded[row - first, : len(chunk)] = chunk
             at[row - first, : len(positions)] = positions
             new[row - first] = len(chunk)
-        lengths = np.array(cache.lengths[first:stop], np.int32) + new
+        lengths = np.where(new > 0, cache.lengths[first:stop] + new, 0).astype(np.int32)
         assert lengths.max() <= cache.capacity, f"{lengths.max()} tokens in a row of {cache.capacity}"
         arrays: dict[str, npt.NDArray[Any]] = {
             "inputs_embeds": padded,
-            "seqlens_k": np.maximum(lengths, 1) - 1,  # an idle row may be empty
+            "seqlens_k": np.maximum(lengths, 1) - 1,
             "total_sequence_length": np.array(lengths.max()),
             "logits_at": at,
         }
@@ -147,7 +163,10 @@ class OnnxDecoder:
         self._session.run_with_iobinding(binding)
         for row, chunk in zip(rows, embeddings, strict=True):
             cache.lengths[row] += len(chunk)
-        return [logits[row - first, : len(of)] for row, of in zip(rows, logits_at, strict=True)]
+        if batch == 1:
+            return [logits[0]]
+        # copies, so that a row's logits do not keep those of the whole call
+        return [logits[row - first, : len(of)].copy() for row, of in zip(rows, logits_at, strict=True)]
 
     def _bound_to(self, cache: KVCache, first: int, stop: int) -> Any:
         """Rows of `cache` bound as past and as present, once for all calls: their memory stays in place."""

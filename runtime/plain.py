@@ -7,6 +7,7 @@ anew and prefills its whole prompt; replies are decoded greedily; each candidate
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -15,6 +16,7 @@ import numpy as np
 from dualfocus.runtime.bundle import Bundle
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.engines import Floats
+from dualfocus.runtime.errors import QuestionError
 from dualfocus.runtime.geometry import Crop, Region, find_region
 from dualfocus.runtime.grammar import BoxCursor
 from dualfocus.runtime.image import Picture, view, whole
@@ -73,17 +75,22 @@ class PlainRunner:
             if region.crop is not None:
                 crops["crop"] = region.crop
                 enter("micro")
-                micro = Answer.of(
-                    model.generate(turns.micro("whole", "crop", box_reply), crops), micro_answer
-                )
-            elif macro is None:
+                try:
+                    prompt = turns.micro("whole", "crop", box_reply)
+                except QuestionError as error:  # a reply can take more tokens than when it was said
+                    region = Region(region.box, None, str(error))
+                else:
+                    micro = Answer.of(model.generate(prompt, crops), micro_answer)
+            if macro is None and micro is None:
                 enter("macro")
                 macro = Answer.of(model.generate(turns.macro("whole"), crops))
             if macro and micro and macro.text != micro.text:
                 enter("select")
                 candidate = partial(turns.select, "whole", "crop", box_reply)
-                macro = replace(macro, loss=self._loss(model.score(candidate(macro.text), crops)))
-                micro = replace(micro, loss=self._loss(model.score(candidate(micro.text), crops)))
+                with suppress(QuestionError):  # no room to score what was said: the macro answer stands
+                    prompts = candidate(macro.text), candidate(micro.text)
+                    losses = [self._loss(model.score(prompt, crops)) for prompt in prompts]
+                    macro, micro = replace(macro, loss=losses[0]), replace(micro, loss=losses[1])
         return FocusResult.conclude(macro, located, region, micro, counters, clock.stop())
 
     def _loss(self, logprobs: tuple[list[float], list[float]]) -> float:

@@ -30,7 +30,7 @@ class ImagePool:
     """Images by name, of at most `limit` bytes together; the least recently used go first."""
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self._images: OrderedDict[str, EncodedImage] = OrderedDict()  # least recently used first
 
     @property
@@ -46,10 +46,11 @@ class ImagePool:
 
     def put(self, name: str, image: EncodedImage) -> None:
         """Keep `image`, in place of what was kept under its name; not if it is larger than the pool."""
-        self._images.pop(name, None)
-        if image.nbytes <= self._limit:
-            self._images[name] = image
-        while self.nbytes > self._limit:
+        if image.nbytes > self.limit:
+            return
+        self._images[name] = image
+        self._images.move_to_end(name)
+        while self.nbytes > self.limit:
             self._images.popitem(last=False)
 
 

@@ -33,10 +33,8 @@ class Reply:
         *,
         cursor: BoxCursor | None = None,
         forced: bool = True,
-        draft: Sequence[int] = (),
     ) -> None:
-        """`cursor` holds the reply to a grammar, and `forced` tokens of it are not decoded; `draft` is
-        what the reply is expected to be."""
+        """`cursor` holds the reply to a grammar, and `forced` tokens of it are not decoded."""
         manifest = bundle.manifest
         self.name = name
         self.sequence = sequence
@@ -48,7 +46,6 @@ class Reply:
         self._prompt = prompt
         self._cursor = cursor
         self._forced = forced
-        self._draft = draft
         self._tokens: list[int] = []
         self._logprobs: list[float] = []
         self._shown = ""  # the text that was given out
@@ -56,7 +53,7 @@ class Reply:
     @property
     def done(self) -> bool:
         """The reply has ended, or is as long as it may be."""
-        return len(self._tokens) == self._most or self._tokens[-1:] in [[end] for end in self._eos]
+        return len(self._tokens) == self._most or (bool(self._tokens) and self._tokens[-1] in self._eos)
 
     @property
     def generation(self) -> Generation:
@@ -69,15 +66,18 @@ class Reply:
         text = self._tokenizer.decode(self._tokens, skip_special_tokens=True).strip()
         return Generation(text, tuple(self._tokens), tuple(logprobs))
 
-    def begin(self) -> Extension:
-        """What brings the row to the prompt, with the draft behind it, and the history's replies scored."""
+    def begin(self, draft: Sequence[int]) -> Extension:
+        """What brings the row to the prompt, with what is ahead behind it, and the history's replies scored.
+
+        `draft` is what the reply is expected to be, where no grammar says it.
+        """
         prompt, end = self._prompt, len(self._prompt.tokens)
-        self._draft = (self._ahead() or self._draft)[: self._context - end]
+        ahead = (self._ahead() or draft)[: self._context - end]
         scored = [at for reply in prompt.replies for at in reply]
         known = self.sequence.recall(prompt.tokens, scored)
         unknown = [at - 1 for at, logprob in zip(scored, known, strict=True) if math.isnan(logprob)]
-        after = [*unknown, *range(end - 1, end + len(self._draft))]
-        extension = Extension.to(self.sequence, (*prompt.tokens, *self._draft), after)
+        after = [*unknown, *range(end - 1, end + len(ahead))]
+        extension = Extension.to(self.sequence, (*prompt.tokens, *ahead), after)
         kept = min(len(self.sequence.tokens), end)
         self.counters.tokens_reused += kept
         self.counters.tokens_prefilled += end - kept
@@ -137,7 +137,7 @@ class Reply:
         # a character may take several tokens, and a later one can undo an earlier: then nothing is added
         text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
         new = text[len(self._shown) :] if text.startswith(self._shown) else ""
-        if new.endswith("\ufffd"):
+        if new.endswith("\ufffd") and not self.done:
             new = ""
         self._shown += new
         return ReplyToken(self.name, token, new)

@@ -57,7 +57,7 @@ class Counters:
     tokens_prefilled: int = 0  # prompt tokens computed
     tokens_reused: int = 0  # prompt tokens that did not have to be
     tokens_forced: int = 0  # reply tokens the grammar left no choice about
-    tokens_drafted: int = 0  # reply tokens computed before they were chosen, forced ones apart
+    tokens_drafted: int = 0  # reply tokens computed on trust: not the forced ones, unless behind a wrong one
     tokens_accepted: int = 0  # drafted tokens that were chosen
     decode_steps: int = 0  # decoder calls that go on with a reply; one for all rows
     decode_rows: int = 0  # rows those calls went on with, so that rows / steps is the mean batch

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 import numpy as np
 
 from dualfocus.runtime.bundle import Bundle
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.engines import Floats
+from dualfocus.runtime.errors import QuestionError
 from dualfocus.runtime.geometry import Crop, Region, find_region
 from dualfocus.runtime.image import Picture, view, whole
 from dualfocus.runtime.manifest import SelectRule
@@ -65,6 +67,7 @@ class _Asked:
     box_reply: str | None = None
     whole: str = ""  # the picture's name; empty until it was hashed
     crop: str = ""  # the crop's name; empty until there is one
+    reading: Prompt = field(init=False)  # the micro prompt, as soon as there is a crop
     crops: dict[str, Crop] = field(default_factory=dict)  # where in the picture both images are
     counters: Counters = field(default_factory=Counters)
     replies: dict[ReplyName, Reply] = field(default_factory=dict)
@@ -120,8 +123,11 @@ class FocusRunner:
 
         Memory: `batch` questions at once reserve ``2 x batch x context`` tokens of KV cache, each of
         ``2 x layers x kv_heads x head_size x 4`` bytes, touched as they are used; images and prefixes
-        kept for later questions hold at most `cache_mb` million bytes.
+        kept for later questions hold at most `cache_mb` million bytes; the logits at hand, while it is asked
+        something, at most ``2 x batch x (max_new_tokens + 1) x vocabulary x 4``.
         """
+        assert batch >= 1, f"batch is {batch}"
+        assert cache_mb >= 0, f"cache_mb is {cache_mb}"
         spec = bundle.manifest.decoder
         self._bundle = bundle
         self._select = select or bundle.manifest.select
@@ -130,10 +136,10 @@ class FocusRunner:
         self._batch = batch
         self._grammar = None if free_box else bundle.grammar
         self._cache = KVCache(spec, rows=2 * batch, capacity=spec.context)
-        self._rows = [CachedSequence(self._cache, row) for row in range(2 * batch)]
+        self._reset_rows()
         self._pool = ImagePool(cache_mb * 1_000_000 if savings.pool else 0)
         self._features: dict[str, Floats] = {}  # by name, (T, D) each: the images of what is being asked
-        self._latest: _Asked | None = None
+        self._waves = 0  # how often something was asked
 
     def ask(
         self, picture: Picture, question: str, mode: Mode = "dual", *, box_reply: str | None = None
@@ -150,8 +156,11 @@ class FocusRunner:
         return result
 
     def stream(self, picture: Picture, question: str, mode: Mode = "dual") -> Iterator[Event]:
-        """What `ask` does, as it happens: stages, the replies' tokens, the region, at last the result."""
-        return self._stream(_Asked(picture, self._turns(question, mode), mode))
+        """What `ask` does, as it happens: stages, the replies' tokens, the region, at last the result.
+
+        The picture is copied. Times include what the reader of the stream does between events.
+        """
+        return self.session(picture).stream(question, mode)
 
     def ask_many(self, asked: Sequence[tuple[Picture, str]], mode: Mode = "dual") -> list[FocusResult]:
         """Answer several (picture, question) pairs, up to `batch` at once: `ask`'s answers, in order.
@@ -171,27 +180,43 @@ class FocusRunner:
         return Session(self, kept, image_name(kept, self._bundle.digest))
 
     def _turns(self, question: str, mode: Mode) -> Turns:
+        assert mode in get_args(Mode), f"mode is {mode!r}"
         turns = Turns(self._bundle.manifest, self._bundle.tokenizer, question)
         turns.check_length(macro_only=mode == "macro")
         return turns
 
     def _stream(self, asked: _Asked) -> Iterator[Event]:
         for event in self._run([asked]):
+            wave = self._waves
             yield event
-            if self._latest is not asked:
+            if self._waves != wave:
                 raise RuntimeError(
                     "the runner was asked something else before this stream was read to its end"
                 )
 
     def _run(self, wave: Sequence[_Asked]) -> Iterator[Event]:
         """Answer the questions of `wave`, at most `batch`, side by side."""
+        self._waves += 1
+        try:
+            yield from self._answer(wave)
+        except GeneratorExit:  # a stream that was left, at an event, where everything is in order
+            raise
+        except BaseException:  # anything else, Ctrl-C for one, can leave a row between two states
+            self._reset_rows()
+            raise
+
+    def _reset_rows(self) -> None:
+        rows = len(self._cache.lengths)
+        self._cache.lengths = [0] * rows
+        self._rows = [CachedSequence(self._cache, row) for row in range(rows)]
+
+    def _answer(self, wave: Sequence[_Asked]) -> Iterator[Event]:
         clock = StageClock()
 
         def enter(stage: str) -> Stage:
             clock.enter(stage)
             return Stage(stage)
 
-        self._latest = wave[0]
         yield enter("encode_whole")
         self._open(wave)
         if self._savings.images:
@@ -208,8 +233,9 @@ class FocusRunner:
                     yield from self._begin(a, "locate", a.turns.locate(a.whole))
             yield enter("decode")
             yield from self._decode(wave)
-            for a in wave:
-                a.skipped = a.mode == "dual" and self._is_sure(a.said("macro"))
+            if gated:
+                for a in wave:
+                    a.skipped = a.mode == "dual" and self._is_sure(a)
         for a in wave:
             if a.mode != "macro" and not a.skipped:
                 yield self._find_region(a)
@@ -219,8 +245,7 @@ class FocusRunner:
                 self._encode([(a, a.crop) for a in zoomed])
             yield enter("micro_prefill")
             for a in zoomed:
-                assert a.box_reply is not None
-                yield from self._begin(a, "micro", a.turns.micro(a.whole, a.crop, a.box_reply))
+                yield from self._begin(a, "micro", a.reading)
             yield enter("micro_decode")
             yield from self._decode(zoomed)
         if blind := [a for a in wave if a.mode == "micro" and not a.crop]:
@@ -244,9 +269,9 @@ class FocusRunner:
             a.focus, a.other = focus, other
         self._features.clear()
         for sequence in self._rows:
-            sequence.forget_branches()
             if not self._savings.pool:
                 sequence.cut(0)
+            sequence.forget_branches()
 
     def _encode(self, wanted: Sequence[tuple[_Asked, str]]) -> None:
         """See to it that the tokens of the images named are in `_features`; new ones are encoded at once."""
@@ -280,9 +305,9 @@ class FocusRunner:
             a.counters,
             cursor=grammar.start() if grammar else None,
             forced=self._savings.forced,
-            draft=expected.tokens if expected else (),
         )
-        self._compute([reply.begin()])
+        self._compute([reply.begin(expected.tokens if expected else ())])
+        row.forget_logits(len(prompt.tokens) - 1)
         self._keep_prefix(a, row)
         yield from reply.choose()
 
@@ -308,10 +333,11 @@ class FocusRunner:
     def _keep_prefix(self, a: _Asked, row: CachedSequence) -> None:
         """Keep what every question about the picture begins with, for when no row holds it any more."""
         image = self._pool.get(a.whole)
-        if image is not None and image.prefix is None:
-            last = ImageToken(a.whole, self._bundle.manifest.image.tokens - 1)
-            prefix = row.save(row.tokens.index(last) + 1)
-            self._pool.put(a.whole, EncodedImage(image.features, prefix))
+        if image is None or image.prefix is not None or not self._savings.prefix:
+            return
+        length = row.tokens.index(ImageToken(a.whole, self._bundle.manifest.image.tokens - 1)) + 1
+        if image.nbytes + length * self._cache.token_nbytes <= self._pool.limit:
+            self._pool.put(a.whole, EncodedImage(image.features, row.save(length)))
 
     def _compute(self, extensions: Sequence[Extension]) -> None:
         """Run the decoder over what is new: over all rows at once, or over one after the other."""
@@ -332,8 +358,9 @@ class FocusRunner:
             for reply in together:
                 yield from reply.choose()
 
-    def _is_sure(self, macro: Generation | None) -> bool:
-        return self._skip_above is not None and macro is not None and macro.confidence > self._skip_above
+    def _is_sure(self, a: _Asked) -> bool:
+        macro = a.said("macro")
+        return macro is not None and self._skip_above is not None and macro.confidence > self._skip_above
 
     def _find_region(self, a: _Asked) -> Region:
         """Where to zoom in."""
@@ -343,9 +370,14 @@ class FocusRunner:
         manifest = self._bundle.manifest
         height, width = a.picture.shape[:2]
         a.region = find_region(a.box_reply, manifest.coordinates, width, height, manifest.image)
-        if a.region.crop is not None:
-            a.crop = f"{a.whole} {a.region.crop}"
-            a.crops[a.crop] = a.region.crop
+        if (crop := a.region.crop) is not None:
+            name = f"{a.whole} {crop}"
+            try:
+                a.reading = a.turns.micro(a.whole, name, a.box_reply)
+            except QuestionError as error:  # in the history, a reply can take more tokens than it was said in
+                a.region = Region(a.region.box, None, str(error))
+            else:
+                a.crop, a.crops[name] = name, crop
         return a.region
 
     def _score(self, wave: Sequence[_Asked]) -> None:
@@ -354,14 +386,18 @@ class FocusRunner:
         Candidates part at their first different token. Up to there one row computes for both; from there
         on each has a row of its own, in one call for all of them.
         """
-        pairs: list[list[Candidate]] = []
+        pairs: list[tuple[_Asked, list[Candidate]]] = []
         parted: list[Extension] = []
         for a in wave:
             box, recall = a.box_reply, self._savings.select
             assert box is not None
-            prompts = [a.turns.select(a.whole, a.crop, box, answer.text) for answer in a.candidates if answer]
+            texts = [answer.text for answer in a.candidates if answer]
+            try:
+                prompts = [a.turns.select(a.whole, a.crop, box, text) for text in texts]
+            except QuestionError:  # no room to score what was said: the macro answer stands
+                continue
             pair = [Candidate(prompt, a.focus, recall=recall) for prompt in prompts]
-            pairs.append(pair)
+            pairs.append((a, pair))
             todo = [candidate for candidate in pair if candidate.unknown]
             extensions: list[Extension] = []
             if len(todo) == 2 and self._savings.select:
@@ -385,19 +421,19 @@ class FocusRunner:
             a.counters.tokens_prefilled += computed
             a.counters.tokens_reused += sum(len(prompt.tokens) for prompt in prompts) - computed
         self._compute(parted)
-        for a, (macro, micro) in zip(wave, pairs, strict=True):
+        for a, (macro, micro) in pairs:
             macro.look()
             micro.look()
             a.losses = macro.loss(self._select), micro.loss(self._select)
 
 
-@dataclass(frozen=True)
 class Session:
-    """Questions about one picture, `FocusRunner.session`."""
+    """Questions about one picture. Made by `FocusRunner.session`."""
 
-    runner: FocusRunner
-    picture: Picture
-    name: str
+    def __init__(self, runner: FocusRunner, picture: Picture, name: str) -> None:
+        self._runner = runner
+        self._picture = picture
+        self._name = name
 
     def ask(self, question: str, mode: Mode = "dual") -> FocusResult:
         """As `FocusRunner.ask`."""
@@ -407,8 +443,8 @@ class Session:
 
     def stream(self, question: str, mode: Mode = "dual") -> Iterator[Event]:
         """As `FocusRunner.stream`."""
-        runner = self.runner
-        return runner._stream(_Asked(self.picture, runner._turns(question, mode), mode, whole=self.name))
+        turns = self._runner._turns(question, mode)
+        return self._runner._stream(_Asked(self._picture, turns, mode, whole=self._name))
 
 
 def _disagree(macro: Answer | None, micro: Answer | None) -> bool:

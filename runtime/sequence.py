@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import cast
 
 import numpy as np
@@ -83,6 +84,10 @@ class CachedSequence:
     def forget_branches(self) -> None:
         """Forget what was known of tokens that were cut off."""
         self._cut_off.clear()
+
+    def forget_logits(self, before: int) -> None:
+        """Forget the logits after positions below `before`, which are no choice's; they take much memory."""
+        self._logits = {at: logits for at, logits in self._logits.items() if at >= before}
 
     def fork_from(self, source: CachedSequence, length: int) -> None:
         """Hold the first `length` tokens of `source`, copying those that are not held already."""
@@ -160,16 +165,23 @@ def extend(
 
 def common_prefix(left: Sequence[Token], right: Sequence[Token]) -> int:
     """How many tokens both begin with; image tokens are equal if image and position are."""
-    pairs = zip(left, right, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
+    shorter = min(len(left), len(right))
+    for start in range(0, shorter, 64):  # comparing lists is many times faster than a loop
+        pair = list(left[start : start + 64]), list(right[start : start + 64])
+        if pair[0] != pair[1]:
+            same = (a == b for a, b in zip(*pair, strict=False))
+            return min(shorter, start + sum(1 for _ in takewhile(bool, same)))
+    return shorter
 
 
 def embed(tokens: Sequence[Token], table: Floats, features: Mapping[str, Floats]) -> Floats:
     """(L, D) embeddings of `tokens`: rows of `table` (vocabulary, D) and of the images' `features` (T, D)."""
-    out = np.array(table[[token if isinstance(token, int) else 0 for token in tokens]])
-    for i, token in enumerate(tokens):
-        if not isinstance(token, int):
-            out[i] = features[token.image][token.position]
+    out = np.asarray(table[[token if isinstance(token, int) else 0 for token in tokens]])
+    shown = [(i, token) for i, token in enumerate(tokens) if not isinstance(token, int)]
+    for image in {token.image for _, token in shown}:
+        places = [(i, token.position) for i, token in shown if token.image == image]
+        at, positions = zip(*places, strict=True)
+        out[list(at)] = features[image][list(positions)]
     return out
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
@@ -190,7 +191,7 @@ def tokenize(
     for run in _runs(pieces):
         if isinstance(run, Image):
             name = next(names)
-            out.extend(ImageToken(name, position) for position in range(length))
+            out.extend(_image_tokens(name, length))
             continue
         encoding = tokenizer.encode("".join(piece.text for piece in run), add_special_tokens=False)
         ends = [end for _, end in encoding.offsets]
@@ -205,6 +206,12 @@ def tokenize(
         out.extend(encoding.ids)
     assert next(names, None) is None
     return Prompt(tuple(out), tuple(replies))
+
+
+@lru_cache(maxsize=64)
+def _image_tokens(name: str, length: int) -> tuple[ImageToken, ...]:
+    """The same objects in every prompt that shows the image, which makes comparing prompts fast."""
+    return tuple(ImageToken(name, position) for position in range(length))
 
 
 def _runs(pieces: Sequence[Piece]) -> Iterator[Image | list[Text]]:

@@ -487,7 +487,7 @@ def test_declaration_reaches_the_manifest(broken: Path, tmp_path: Path) -> None:
     assert (manifest.name, manifest.coordinates, manifest.select) == ("spectacles", "padded", "answer")
     assert manifest.image.fit == "crop"
     assert manifest.prompts == dataclasses.replace(DUALFOCUS, hint="", select=DUALFOCUS.micro)
-    assert manifest.prompts.select_is_micro
+    assert manifest.prompts.select == manifest.prompts.micro
 
 
 def refused(checkpoint: Path, folder: Path, message: str) -> None:

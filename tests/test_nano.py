@@ -54,7 +54,7 @@ def test_manifest_says_what_training_assumed() -> None:
     assert manifest.image == nano.IMAGE
     assert manifest.prompts == nano.PROMPTS
     assert manifest.coordinates == "padded"
-    assert manifest.prompts.select_is_micro
+    assert manifest.prompts.select == manifest.prompts.micro
 
 
 def test_tokenizer_is_the_one_the_recipe_builds() -> None:

@@ -233,21 +233,31 @@ def test_a_draft_ends_where_the_context_does(picture):
     turns = Turns(bundle.manifest, bundle.tokenizer, QUESTION)
     word = " the"  # one token
     room = bundle.manifest.decoder.context - len(turns.micro("w", "c", BOX).tokens)
-    answered = refused = 0
+    said = set()
     for words in range(room - len(spelled("AB7")) - 1, room + 2):
-        box = BOX + words * word
-        try:
-            result = checked.plain.ask(picture, QUESTION, box_reply=box)
-        except QuestionError:
-            with pytest.raises(QuestionError):
-                checked.fast.ask(picture, QUESTION, box_reply=box)
-            refused += 1
-            continue
-        assert result.micro.text == "AB7"
-        checked.ask(picture, QUESTION, box=box)
-        answered += 1
-    assert answered
-    assert refused
+        result = checked.ask(picture, QUESTION, box=BOX + words * word)
+        said.add(result.micro and result.micro.text)
+        if result.micro is None:  # a reply whose history does not fit is no use, as one without a box
+            assert "too long" in result.fallback
+            assert (result.chosen, result.answer) == ("macro", "AB7")
+    assert said == {"AB7", "AB", "A", "", None}
+
+
+def test_what_was_said_may_be_too_long_to_be_scored(picture):
+    """The select turn is longer than the micro turn: there is a micro answer, but no room to compare it."""
+    bundle = fakes.make_bundle(script(spelled(BOX)))
+    checked = Checked(bundle)
+    turns = Turns(bundle.manifest, bundle.tokenizer, QUESTION)
+    longest = max(len(turns.select("w", "c", BOX, text).tokens) for text in ("a sta", "AB7"))
+    room = bundle.manifest.decoder.context - longest
+    scored = []
+    for words in (room - 1, room, room + 1):
+        result = checked.ask(picture, QUESTION, box=BOX + words * " the")
+        assert (result.macro.text, result.micro.text) == ("a sta", "AB7")
+        scored.append(result.macro.loss is not None)
+        assert (result.micro.loss is not None) == scored[-1]
+        assert scored[-1] or result.chosen == "macro"
+    assert scored == [True, True, False]
 
 
 @pytest.mark.parametrize("runner", [FocusRunner, PlainRunner])

@@ -204,5 +204,7 @@ def export_decoder(model: LlavaForConditionalGeneration, spec: DecoderSpec, path
             dynamo=True,
             verbose=False,
         )
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces, with the paths of whoever exported
     weights = sum(tensor.numel() * tensor.element_size() for tensor in decoder.state_dict().values())
     program.save(path, external_data=weights > SINGLE_FILE_BYTES)

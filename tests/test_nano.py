@@ -39,6 +39,13 @@ def test_it_is_small_and_whole() -> None:
     assert sum(path.stat().st_size for path in files) <= 15_000_000
 
 
+@pytest.mark.parametrize("name", ["vision.onnx", "decoder.onnx"])
+def test_a_graph_tells_nothing_of_where_it_was_made(name: str) -> None:
+    graph = (BUILT_IN / name).read_bytes()
+    assert b"site-packages" not in graph
+    assert b".py" not in graph  # stack traces name the exporter's files
+
+
 @pytest.mark.parametrize("name", ["vision.onnx", "decoder.onnx", "embeddings.npy", "tokenizer.json"])
 def test_a_flipped_byte_is_noticed(name: str, tmp_path: Path) -> None:
     damaged = Path(shutil.copytree(BUILT_IN, tmp_path / "damaged"))

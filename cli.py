@@ -223,12 +223,7 @@ def scenes(
             "bundle": model.manifest.name,
             **bench.summarise(outcomes),
         }
-        if as_json:
-            print(json.dumps(result))
-        else:
-            _print_accuracy(result)
-        if save:
-            harness.save(result)
+        _report(result, _print_accuracy, as_json=as_json, save=save)
 
 
 benches = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure time.")
@@ -560,7 +555,7 @@ def _print_manifest(manifest: Manifest, *, verified: bool) -> None:
     _console().print(rows)
 
 
-def _print_accuracy(result: dict[str, Any]) -> None:
+def _print_accuracy(result: dict[str, Any], console: Console) -> None:
     """Shares right in percent, with the 95 % interval of dual."""
     from rich.table import Table
 
@@ -579,7 +574,6 @@ def _print_accuracy(result: dict[str, Any]) -> None:
             interval,
             shares["oracle"],
         )
-    console = _console()
     console.print(table)
     if boxes := result["boxes"]:
         fitting = 100 * boxes["iou_50"]["share"]

@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import cast
 
 import numpy as np
 
@@ -114,8 +113,8 @@ class CachedSequence:
         """`tokens` were appended to the cache, and gave `logits` (vocabulary,) after some positions."""
         self._logits |= logits
         for token in tokens:
-            known = isinstance(token, int) and len(self.tokens) - 1 in self._logits
-            self._logprobs.append(self.logprob(len(self.tokens) - 1, cast(int, token)) if known else UNKNOWN)
+            last = len(self.tokens) - 1
+            self._logprobs.append(self.logprob(last, token) if isinstance(token, int) else UNKNOWN)
             self.tokens.append(token)
 
 

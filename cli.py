@@ -87,6 +87,10 @@ def ask(
             metavar="N", min=1, max=256, help="Threads of the engines  [default: one for each core]"
         ),
     ] = None,
+    spin: Annotated[
+        bool,
+        typer.Option("--spin/--no-spin", help="Threads wait awake: faster, unless others need their cores."),
+    ] = True,
 ) -> None:
     """Answer questions about a picture."""
     with _errors():
@@ -103,7 +107,7 @@ def ask(
         waiting = _Waiting()
         with waiting:
             waiting.say("opening the model")
-            model = Bundle.open(bundle or BUILT_IN, threads=threads)
+            model = Bundle.open(bundle or BUILT_IN, threads=threads, spin=spin)
         for question in questions:  # all of them before the first is answered
             Turns(model.manifest, model.tokenizer, question).check_length(macro_only=mode == "macro")
 
@@ -146,6 +150,10 @@ def export(
         str | None,
         typer.Option(metavar="SHAPE", help="Random weights of a shape instead, such as edge."),
     ] = None,
+    precision: Annotated[
+        Literal["fp32", "fp16", "int8", "int4"],
+        typer.Option(help="Of the weights. int8 is fast and close to fp32, int4 smaller and less close."),
+    ] = "fp32",
 ) -> None:
     """Export a checkpoint as a bundle."""
     from dualfocus.export import ExportError, export_bundle, shapes
@@ -157,7 +165,7 @@ def export(
             source = checkpoint if random is None else shapes.named(random)
             if source is None:
                 raise ExportError("nothing to export was given, expected a CHECKPOINT or --random SHAPE")
-            export_bundle(source, out)
+            export_bundle(source, out, precision=precision)
         except ExportError as error:
             _refuse(error)
 
@@ -166,6 +174,9 @@ def export(
 def inspect(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a bundle.")],
     verify: Annotated[bool, typer.Option("--verify", help="Compare every file's SHA-256.")] = False,
+    budget: Annotated[
+        bool, typer.Option("--budget", help="Open it, and measure the private memory that it takes.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Say what a bundle is."""
@@ -175,10 +186,15 @@ def inspect(
         manifest, _ = bundles.read_manifest(bundle)
         if verify:
             bundles.verify(bundle, manifest)
+        parts = {}
+        if budget:
+            from dualfocus.bench.budget import measure
+
+            parts = measure(bundle)
         if as_json:
-            print(json.dumps(manifest.to_dict(), indent=2))
+            print(json.dumps(manifest.to_dict() | ({"budget": parts} if budget else {}), indent=2))
         else:
-            _print_manifest(manifest, verified=verify)
+            _print_manifest(manifest, parts, verified=verify)
 
 
 # what measurements have in common
@@ -293,6 +309,65 @@ def bench_crop(
         with _progress() as watch:
             result = crop.run(rounds, watch)
         _report(result, crop.show, as_json=as_json, save=save)
+
+
+@benches.command("peers")
+def bench_peers(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face LLaVA checkpoint."),
+    ] = None,
+    random: Annotated[
+        str | None,
+        typer.Option(metavar="SHAPE", help="Random weights of a shape instead, such as edge."),
+    ] = None,
+    folder: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where the peers' model files are kept, for the next time.")
+    ] = Path("build/peers"),
+    rounds: Annotated[int, typer.Option(metavar="N", min=2, help="How often each part is timed.")] = 5,
+    precision: Annotated[
+        Literal["fp32", "bf16", "int8", "int4"] | None,
+        typer.Option(help="Only the rows of one precision  [default: all]"),
+    ] = None,
+    questions: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Held-out questions for nano's quality rows.")
+    ] = 200,
+    threads: _Threads = None,
+    as_json: _Json = False,
+    save: _Save = False,
+    plot: _Plot = None,
+) -> None:
+    """The same weights and questions through other runtimes, side by side."""
+    from dualfocus.export import ExportError, shapes
+
+    with _errors():
+        from dualfocus.runtime.errors import InputError
+
+        _check_plot(plot)
+        with _needs_train("bench peers"):
+            import dualfocus.bench.peers.work  # noqa: F401  draws a scene
+            from dualfocus.bench import peers
+            from dualfocus.bench.peers.base import PRECISIONS
+        try:
+            if (checkpoint is None) == (random is None):
+                raise InputError("bench peers: expected a CHECKPOINT or --random SHAPE, one of them")
+            source = checkpoint if random is None else shapes.named(random)
+            assert source is not None
+            with _progress() as watch:
+                result = peers.run(
+                    source,
+                    folder,
+                    rounds,
+                    threads,
+                    (precision,) if precision else PRECISIONS,
+                    questions,
+                    watch,
+                )
+        except ExportError as error:
+            _refuse(error)
+        _report(result, peers.show, as_json=as_json, save=save)
+        if plot is not None:
+            peers.plot(result, plot)
 
 
 @contextmanager
@@ -528,7 +603,7 @@ def _corners(box: Box) -> str:
     return f"[{', '.join(f'{side:.0f}' for side in box.corners)}]"
 
 
-def _print_manifest(manifest: Manifest, *, verified: bool) -> None:
+def _print_manifest(manifest: Manifest, budget: dict[str, int], *, verified: bool) -> None:
     from rich.table import Table
 
     image, decoder = manifest.image, manifest.decoder
@@ -537,6 +612,7 @@ def _print_manifest(manifest: Manifest, *, verified: bool) -> None:
         "name": manifest.name,
         "made by": f"{manifest.created_by}, bundle format {manifest.format_version}",
         **manifest.source,
+        "precision": f"weights of {manifest.precision}",
         "image": f"{image.size} x {image.size}, {image.tokens} tokens, fitted by {image.fit}",
         "decoder": (
             f"{decoder.layers} layers of {decoder.hidden}, {decoder.heads} heads of {decoder.head_size}, "
@@ -548,6 +624,7 @@ def _print_manifest(manifest: Manifest, *, verified: bool) -> None:
         "selection": manifest.select,
         "files": f"{len(manifest.files)} files, {size / 1e6:.1f} MB"
         + (", SHA-256 verified" if verified else ""),
+        **{f"memory: {part}": f"{size / 1e6:.1f} MB" for part, size in budget.items()},
     }
     rows = Table.grid(padding=(0, 2))
     for name, fact in facts.items():

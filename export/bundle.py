@@ -23,13 +23,14 @@ import numpy as np
 
 from dualfocus.export.errors import ExportError
 from dualfocus.export.shapes import Shape
-from dualfocus.runtime.manifest import FileEntry, Manifest
+from dualfocus.runtime.manifest import FileEntry, Manifest, Precision
 
 
 def export_bundle(
     checkpoint: Path | Shape,
     out: Path,
     *,
+    precision: Precision = "fp32",
     ragged_append: bool = True,
     progress: Callable[[str], None] = print,
 ) -> Manifest:
@@ -37,14 +38,17 @@ def export_bundle(
 
     Given a `Shape`, its model of random weights instead, which is never written as a checkpoint.
 
-    A bundle already at `out` is replaced; any other non-empty folder is left alone. `ragged_append`
-    gives the decoder the input that ONNX Runtime before 1.32 does not know. `progress` gets one line
-    per stage and per comparison with torch. Raises ExportError: `out` is no place for a bundle, the
-    checkpoint is of another kind or incomplete, or a graph differs from torch beyond tolerance.
+    A bundle already at `out` is replaced; any other non-empty folder is left alone. Weights of another
+    `precision` than float32 are made by `quantize`, from graphs that agreed with torch before.
+    `ragged_append` gives the decoder the input that ONNX Runtime before 1.32 does not know. `progress`
+    gets one line per stage, per comparison with torch, and per error that quantising made. Raises
+    ExportError: `out` is no place for a bundle, the checkpoint is of another kind or incomplete, or a
+    graph differs from torch beyond tolerance.
     """
     _check_target(out)
     try:
         from dualfocus.export import checkpoint as checkpoints
+        from dualfocus.export import quantize
         from dualfocus.export.decoder import export_decoder
         from dualfocus.export.random_weights import random_checkpoint
         from dualfocus.export.verify import verify
@@ -57,26 +61,34 @@ def export_bundle(
             loaded = random_checkpoint(checkpoint)
         else:
             loaded = checkpoints.load(checkpoint)
-    manifest = checkpoints.describe(loaded, ragged_append=ragged_append)
+    manifest = checkpoints.describe(loaded, ragged_append=ragged_append, precision=precision)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _folder_beside(out) as folder:
+    with _folder_beside(out) as folder, _folder_beside(out) as spare:
+        exact = folder if precision == "fp32" else spare
         with _quiet():
             progress("vision.onnx")
-            export_vision(loaded.model, folder / "vision.onnx")
+            export_vision(loaded.model, exact / "vision.onnx")
             progress("decoder.onnx")
-            export_decoder(loaded.model, manifest.decoder, folder / "decoder.onnx")
+            export_decoder(loaded.model, manifest.decoder, exact / "decoder.onnx")
         embeddings = loaded.model.get_input_embeddings().weight.detach().numpy()
         np.save(folder / "embeddings.npy", np.ascontiguousarray(embeddings, np.float32))
         loaded.tokenizer.save(str(folder / "tokenizer.json"))
         seed = int.from_bytes(os.urandom(4))
         progress(f"comparing with torch, seed {seed}")
-        for difference in verify(loaded.model, folder, manifest, seed=seed):
+        for difference in verify(loaded.model, exact, manifest, seed=seed):
             progress(str(difference))
             if not difference.ok:
                 raise ExportError(
                     f"{difference.what}: the exported graph is {difference.max_abs:.2g} away from torch, "
                     f"expected at most {difference.allowed:.2g}"
                 )
+        if precision != "fp32":
+            progress(f"quantising to {precision}")
+            with _quiet():
+                quantize.quantize_vision(exact / "vision.onnx", folder / "vision.onnx", precision)
+                quantize.quantize_decoder(exact / "decoder.onnx", folder / "decoder.onnx", precision)
+            for line in quantize.errors(exact, folder, manifest, loaded.tokenizer, seed=seed):
+                progress(line)
         manifest = dataclasses.replace(manifest, files=_entries(folder))
         (folder / "manifest.json").write_text(
             json.dumps(manifest.to_dict(), indent=2) + "\n", encoding="utf-8"

@@ -30,7 +30,7 @@ from dualfocus import __version__
 from dualfocus.export import decoder
 from dualfocus.export.errors import ExportError
 from dualfocus.runtime.errors import BundleError
-from dualfocus.runtime.manifest import FORMAT_VERSION, BoxFormat, Manifest, TokenSpec
+from dualfocus.runtime.manifest import FORMAT_VERSION, BoxFormat, Manifest, Precision, TokenSpec
 from dualfocus.runtime.turns import DUALFOCUS
 
 DEFAULTS = {"coordinates": "original", "select": "reference", "max_new_tokens": 128}
@@ -79,7 +79,7 @@ def load(folder: Path) -> Checkpoint:
     )
 
 
-def describe(checkpoint: Checkpoint, *, ragged_append: bool) -> Manifest:
+def describe(checkpoint: Checkpoint, *, ragged_append: bool, precision: Precision = "fp32") -> Manifest:
     """The manifest of the bundle to be written, its `files` still empty."""
     model, declared = checkpoint.model, checkpoint.declared
     known = {"name", "prompts", "box", "fit", *DEFAULTS}
@@ -100,6 +100,7 @@ def describe(checkpoint: Checkpoint, *, ragged_append: bool) -> Manifest:
             "vision_tower": model.config.vision_config.model_type,
             "language_model": model.config.text_config.model_type,
         },
+        "precision": precision,
         "image": image | {"fit": declared.get("fit", image["fit"])},
         "decoder": dataclasses.asdict(decoder.describe(model, ragged_append=ragged_append)),
         "tokens": dataclasses.asdict(checkpoint.tokens),

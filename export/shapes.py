@@ -73,6 +73,27 @@ SHAPES = {
             rope_theta=100_000.0,
             tied=True,
         ),
+        Shape(
+            name="llava-7b",
+            # CLIP's ViT-L/14 at 336, without its last layer, as LLaVA-1.5 has it
+            image=336,
+            patch=14,
+            tower_layers=24,
+            tower_width=1024,
+            tower_heads=16,
+            tower_mlp=4096,
+            feature_layer=-2,
+            feature_strategy="default",
+            # Vicuna-7B v1.5
+            layers=32,
+            hidden=4096,
+            heads=32,
+            kv_heads=32,
+            head_size=128,
+            mlp=11_008,
+            vocabulary=32_000,
+            context=4096,
+        ),
     ]
 }
 

@@ -45,11 +45,12 @@ class Bundle:
         return BoxGrammar.build(self.manifest, self.tokenizer)
 
     @classmethod
-    def open(cls, path: Path | str = BUILT_IN, *, threads: int | None = None) -> Bundle:
+    def open(cls, path: Path | str = BUILT_IN, *, threads: int | None = None, spin: bool = True) -> Bundle:
         """Check the bundle at `path` and open its engines on the CPU.
 
-        `threads` None leaves their number to the library. Raises BundleError, and EngineError when no
-        ONNX Runtime is installed.
+        `threads` None takes one for each core. With `spin` they wait awake for each other within a call,
+        which is faster unless something else wants their cores. Raises BundleError, and EngineError when
+        no ONNX Runtime is installed.
         """
         path = Path(path)
         manifest, digest = read_manifest(path)
@@ -61,15 +62,18 @@ class Bundle:
         from dualfocus.runtime.onnx import (
             OnnxDecoder,
             OnnxVisionEncoder,
+            Threads,
         )  # not at the top: `inspect` needs no engine
+
+        use = Threads(threads, spin)
 
         return cls(
             path,
             manifest,
             digest,
             "cpu",
-            OnnxVisionEncoder(path / "vision.onnx", manifest.image, manifest.decoder.hidden, threads),
-            OnnxDecoder(path / "decoder.onnx", manifest.decoder, threads),
+            OnnxVisionEncoder(path / "vision.onnx", manifest.image, manifest.decoder.hidden, use),
+            OnnxDecoder(path / "decoder.onnx", manifest.decoder, use),
             tokenizer,
             embeddings,
         )

@@ -24,11 +24,12 @@ from typing import Any, Literal
 
 from dualfocus.runtime.errors import BundleError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 Fit = Literal["pad", "crop"]
 CoordinateSpace = Literal["original", "padded", "model"]
 SelectRule = Literal["reference", "answer"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ class Manifest:
     name: str
     created_by: str  # "dualfocus 0.1.0"
     source: dict[str, str]  # where the weights came from: checkpoint, architecture, revision …
+    precision: Precision  # of the weights; what goes in and out of the graphs is float32
     image: ImageSpec
     decoder: DecoderSpec
     tokens: TokenSpec

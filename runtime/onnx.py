@@ -7,6 +7,7 @@ tokens' keys and values straight into the cache and copies nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -32,12 +33,23 @@ IDLE_TOKENS = 8  # a call may compute so many idle positions; for more, another 
 Shapes = dict[str, list[int | None]]  # by name; None: any size
 
 
-def _open(path: Path, threads: int | None, inputs: Shapes, outputs: Shapes) -> ort.InferenceSession:
+@dataclass(frozen=True)
+class Threads:
+    """How the engines use the processor."""
+
+    number: int | None = None  # None: one for each core
+    spin: bool = True  # between two parts of a call, threads wait awake: right unless others want the cores
+
+
+def _open(path: Path, threads: Threads, inputs: Shapes, outputs: Shapes) -> ort.InferenceSession:
     """A session on the graph at `path`, which has these `inputs` and no others, and these `outputs`."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    if threads.number is not None:
+        options.intra_op_num_threads = threads.number
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(threads.spin)))
+    # between calls nothing is to be waited for: one graph's threads would spin on into the other's work
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common base but this
@@ -64,7 +76,7 @@ def _open(path: Path, threads: int | None, inputs: Shapes, outputs: Shapes) -> o
 class OnnxVisionEncoder:
     """`engines.VisionEncoder` on ONNX Runtime."""
 
-    def __init__(self, path: Path, spec: ImageSpec, hidden: int, threads: int | None) -> None:
+    def __init__(self, path: Path, spec: ImageSpec, hidden: int, threads: Threads) -> None:
         inputs: Shapes = {"pixel_values": [None, 3, spec.size, spec.size]}
         self._session = _open(path, threads, inputs, {"image_features": [None, spec.tokens, hidden]})
 
@@ -77,7 +89,7 @@ class OnnxVisionEncoder:
 class OnnxDecoder:
     """`engines.Decoder` on ONNX Runtime."""
 
-    def __init__(self, path: Path, spec: DecoderSpec, threads: int | None) -> None:
+    def __init__(self, path: Path, spec: DecoderSpec, threads: Threads) -> None:
         past: list[int | None] = [None, spec.kv_heads, None, spec.head_size]
         inputs: Shapes = {
             "inputs_embeds": [None, None, spec.hidden],

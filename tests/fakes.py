@@ -59,6 +59,7 @@ def make_manifest(tokenizer: Tokenizer, **changes: object) -> Manifest:
         "name": "fake",
         "created_by": "a test",
         "source": {},
+        "precision": "fp32",
         "image": ImageSpec(8, IMAGE_TOKENS, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "pad"),
         "decoder": DecoderSpec(
             layers=1,

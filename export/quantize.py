@@ -1,0 +1,203 @@
+"""Graphs with their weights in fewer bits, and what that changes.
+
+What is rewritten are the products with a weight matrix, the head's too; everything else, the KV cache and
+what goes in and out stay float32. The recipes are what was measured to be worth it on a CPU (bench/LOG.md):
+
+- fp16: weights rounded to half precision. A CPU computes in float32, so this is half the file, no faster.
+- int8: in the decoder blocks of 64 weights with one scale, rounded to nearest; activations are rounded in
+  the same blocks. In the tower one scale for an output channel, and one for all activations of a product:
+  too coarse for a decoder, twice as fast where hundreds of tokens are multiplied at once. The projector
+  stays float32: its error would go straight into the image's tokens, and it takes next to no time.
+- int4: the decoder in blocks of 32 weights with scale and zero point fitted by llama.cpp's k-quant search,
+  as ONNX Runtime has it; the head, and the packed QKV and down projections of half of the layers, which
+  cost quality most, in 8 bits. The tower as in int8.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization.matmul_nbits_quantizer import (
+    DefaultWeightOnlyQuantConfig,
+    KQuantWeightOnlyQuantConfig,
+    MatMulNBitsQuantizer,
+)
+from tokenizers import Tokenizer
+
+from dualfocus.runtime.cache import KVCache
+from dualfocus.runtime.engines import Floats
+from dualfocus.runtime.manifest import Manifest
+from dualfocus.runtime.onnx import OnnxDecoder, OnnxVisionEncoder, Threads
+from dualfocus.runtime.sequence import embed
+from dualfocus.runtime.turns import Turns
+
+LAYER_PRODUCTS = 5  # of a layer, in the graph's order: QKV, attention's output, gate, up, down
+QKV, DOWN = 0, 4
+INT8_BLOCK, INT4_BLOCK = 64, 32
+INTEGER_ACTIVATIONS = 4  # MatMulNBits' accuracy level: products in integers, several times as fast as floats
+EXTERNAL_BYTES = 1_800_000_000  # protobuf ends at 2 GiB
+
+QUESTIONS = (
+    "What is written on the red sign above the door?",
+    "How many people are standing in front of the white building?",
+    "Is there a bicycle to the left of the tree?",
+)
+
+
+def quantize_decoder(source: Path, target: Path, precision: Literal["fp16", "int8", "int4"]) -> None:
+    """Write the float32 graph at `source` with weights of `precision` to `target`."""
+    model = onnx.load(source)
+    if precision == "fp16":
+        _halve(model)
+    else:
+        config = (
+            DefaultWeightOnlyQuantConfig(
+                block_size=INT8_BLOCK, is_symmetric=True, accuracy_level=INTEGER_ACTIVATIONS, bits=8
+            )
+            if precision == "int8"
+            else KQuantWeightOnlyQuantConfig(
+                customized_weight_config={name: {"bits": 8} for name in _in_8_bits(model)}
+            )
+        )
+        quantizer = MatMulNBitsQuantizer(
+            model,
+            block_size=INT8_BLOCK if precision == "int8" else INT4_BLOCK,
+            is_symmetric=precision == "int8",
+            accuracy_level=INTEGER_ACTIVATIONS,
+            algo_config=config,
+        )
+        with contextlib.redirect_stdout(io.StringIO()):  # the library draws a bar of its own
+            quantizer.process()
+        model = quantizer.model.model
+    _save(model, target)
+
+
+def quantize_vision(source: Path, target: Path, precision: Literal["fp16", "int8", "int4"]) -> None:
+    """Write the float32 graph at `source`, its nodes named by optimum, with other weights to `target`.
+
+    On an x86 processor without VNNI, ONNX Runtime adds pairs of 8-bit products in 16 bits, which can
+    overflow.
+    """
+    model = onnx.load(source)
+    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    if precision == "fp16":
+        _halve(model)
+        _save(model, target)
+    else:
+        quantize_dynamic(
+            source,
+            target,
+            op_types_to_quantize=["MatMul"],
+            nodes_to_exclude=[node.name for node in model.graph.node if "/projector/" in node.name],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=size / 4 > EXTERNAL_BYTES,
+            extra_options={"MatMulConstBOnly": True},
+        )
+
+
+def _save(model: onnx.ModelProto, target: Path) -> None:
+    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    onnx.save(model, target, save_as_external_data=size > EXTERNAL_BYTES, location=f"{target.name}.data")
+
+
+def _products(model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, onnx.TensorProto]]:
+    """The products with a weight matrix, in the graph's order, and those matrices, (K, N)."""
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    return [
+        (node, weights[node.input[1]])
+        for node in model.graph.node
+        if node.op_type == "MatMul" and node.input[1] in weights
+    ]
+
+
+def _in_8_bits(model: onnx.ModelProto) -> Iterator[str]:
+    """Names of the products that int4 leaves in 8 bits.
+
+    The layers are those in which llama.cpp's Q4_K_M gives more bits to the value and down projections: the
+    first and the last eighth, and every third between. A matrix with an odd number of blocks, whose zero
+    points end in half a byte, is more than the library's search can pack.
+    """
+    products = _products(model)
+    layers = len(products) // LAYER_PRODUCTS
+    assert len(products) == layers * LAYER_PRODUCTS + 1, "not a graph of export.decoder's"
+    for i, (node, weight) in enumerate(products):
+        layer, kind = divmod(i, LAYER_PRODUCTS)
+        head = layer == layers
+        dear = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+        odd = -(-weight.dims[0] // INT4_BLOCK) % 2 == 1
+        if head or odd or (dear and kind in (QKV, DOWN)):
+            yield node.name
+
+
+def _halve(model: onnx.ModelProto) -> None:
+    """Store weight matrices as float16, cast back when they are read."""
+    for node, weight in _products(model):
+        half = onnx.numpy_helper.to_array(weight).astype(np.float16)
+        weight.CopyFrom(onnx.numpy_helper.from_array(half, weight.name))
+        cast = onnx.helper.make_node(
+            "Cast", [weight.name], [f"{weight.name}.float32"], to=onnx.TensorProto.FLOAT
+        )
+        node.input[1] = cast.output[0]
+        model.graph.node.insert(0, cast)
+
+
+def errors(
+    exact: Path, folder: Path, manifest: Manifest, tokenizer: Tokenizer, *, seed: int
+) -> Iterator[str]:
+    """What quantising changed, in words: the graphs in `folder` against the float32 ones in `exact`.
+
+    The decoder is asked the macro turns of `QUESTIONS` about made-up pictures; both decoders see the float32
+    tower's image tokens, so that its figures are its own.
+    """
+    pixels = _pictures(len(QUESTIONS), manifest.image.size, seed)
+    hidden, embeddings = manifest.decoder.hidden, np.load(folder / "embeddings.npy", mmap_mode="r")
+    features, rounded = (
+        OnnxVisionEncoder(place / "vision.onnx", manifest.image, hidden, Threads()).encode(pixels)
+        for place in (exact, folder)
+    )
+    relative = float(np.linalg.norm(rounded - features) / np.linalg.norm(features))
+    yield f"vision: image tokens {100 * relative:.2g} % away from float32's (relative L2)"
+    divergences, same = [], []
+    decoders = [OnnxDecoder(place / "decoder.onnx", manifest.decoder, Threads()) for place in (exact, folder)]
+    for question, whole in zip(QUESTIONS, features, strict=True):
+        tokens = Turns(manifest, tokenizer, question).macro("whole").tokens
+        embedded = embed(tokens, embeddings, {"whole": whole})
+        text = [i for i, token in enumerate(tokens) if isinstance(token, int)]
+        exact_logits, logits = (
+            decoder.extend(KVCache(manifest.decoder, 1, len(tokens)), [0], [embedded], [text])[0]
+            for decoder in decoders
+        )
+        divergences.append(divergence(exact_logits, logits))
+        same.append(exact_logits.argmax(-1) == logits.argmax(-1))
+    kl, top_1 = np.concatenate(divergences), np.concatenate(same)
+    yield (
+        f"decoder: KL divergence from float32 {kl.mean():.2g} nats, the same likeliest token "
+        f"{100 * top_1.mean():.1f} % of {len(kl)} times"
+    )
+
+
+def divergence(exact: Floats, logits: Floats) -> Floats:
+    """(K, vocabulary) logits, twice -> (K,): the Kullback-Leibler divergence of the second from the first."""
+    p, q = (x - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)) - x.max(-1, keepdims=True)
+            for x in (exact.astype(np.float64), logits.astype(np.float64)))  # fmt: skip
+    result: Floats = (np.exp(p) * (p - q)).sum(-1)
+    return result
+
+
+def _pictures(n: int, size: int, seed: int) -> Floats:
+    """(n, 3, size, size) normalised pixels, with the areas and edges that pictures have and noise has not."""
+    rng = np.random.default_rng(seed)
+    pixels = np.zeros((n, 3, size, size), np.float32)
+    for cells in (4, 16):
+        coarse = rng.standard_normal((n, 3, cells, cells), np.float32)
+        at = np.arange(size) * cells // size
+        pixels += coarse[:, :, at][..., at]
+    return pixels

@@ -31,6 +31,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
 )
 from tokenizers import Tokenizer
 
+from dualfocus.export.decoder import SINGLE_FILE_BYTES
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.engines import Floats
 from dualfocus.runtime.manifest import Manifest
@@ -42,7 +43,6 @@ LAYER_PRODUCTS = 5  # of a layer, in the graph's order: QKV, attention's output,
 QKV, DOWN = 0, 4
 INT8_BLOCK, INT4_BLOCK = 64, 32
 INTEGER_ACTIVATIONS = 4  # MatMulNBits' accuracy level: products in integers, several times as fast as floats
-EXTERNAL_BYTES = 1_800_000_000  # protobuf ends at 2 GiB
 
 QUESTIONS = (
     "What is written on the red sign above the door?",
@@ -82,8 +82,8 @@ def quantize_decoder(source: Path, target: Path, precision: Literal["fp16", "int
 def quantize_vision(source: Path, target: Path, precision: Literal["fp16", "int8", "int4"]) -> None:
     """Write the float32 graph at `source`, its nodes named by optimum, with other weights to `target`.
 
-    On an x86 processor without VNNI, ONNX Runtime adds pairs of 8-bit products in 16 bits, which can
-    overflow.
+    Pictures encoded in one call share the range of their activations in 8 bits, and a session on an x86
+    processor without VNNI needs ``session.x64quantprecision``: `runtime.onnx` sees to both.
     """
     model = onnx.load(source)
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
@@ -98,14 +98,14 @@ def quantize_vision(source: Path, target: Path, precision: Literal["fp16", "int8
             nodes_to_exclude=[node.name for node in model.graph.node if "/projector/" in node.name],
             per_channel=True,
             weight_type=QuantType.QInt8,
-            use_external_data_format=size / 4 > EXTERNAL_BYTES,
+            use_external_data_format=size / 4 > SINGLE_FILE_BYTES,
             extra_options={"MatMulConstBOnly": True},
         )
 
 
 def _save(model: onnx.ModelProto, target: Path) -> None:
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
-    onnx.save(model, target, save_as_external_data=size > EXTERNAL_BYTES, location=f"{target.name}.data")
+    onnx.save(model, target, save_as_external_data=size > SINGLE_FILE_BYTES, location=f"{target.name}.data")
 
 
 def _products(model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, onnx.TensorProto]]:

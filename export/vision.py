@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import torch
 from optimum.exporters.onnx import export
 from optimum.exporters.onnx.base import OnnxConfig
 from optimum.utils import DummyVisionInputGenerator, NormalizedVisionConfig
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
+
+from dualfocus.export.decoder import SINGLE_FILE_BYTES
 
 OPSET = 18
 
@@ -54,6 +57,8 @@ class VisionOnnxConfig(OnnxConfig):
 
 
 def export_vision(model: LlavaForConditionalGeneration, path: Path) -> None:
-    """Write ``vision.onnx`` (and, beyond 2 GB of weights, ``vision.onnx_data`` beside it)."""
+    """Write ``vision.onnx`` (and, beyond `SINGLE_FILE_BYTES` of weights, a file with them beside it)."""
     vision = Vision(model).eval()
     export(vision, VisionOnnxConfig(vision.config), path, opset=OPSET)
+    if path.stat().st_size > SINGLE_FILE_BYTES:  # optimum writes a second file from 2 GB on only
+        onnx.save(onnx.load(path), path, save_as_external_data=True, location=f"{path.name}.data")

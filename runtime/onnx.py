@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
+from dualfocus import kernels
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.engines import Floats
 from dualfocus.runtime.errors import BundleError, EngineError
@@ -50,6 +51,10 @@ def _open(path: Path, threads: Threads, inputs: Shapes, outputs: Shapes) -> ort.
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(threads.spin)))
     # between calls nothing is to be waited for: one graph's threads would spin on into the other's work
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Without VNNI, pairs of 8-bit products are added in 16 bits, and overflow, unless this is set; with VNNI
+    # it would halve the speed. The crop kernel's AVX-512 path needs VNNI too, so it is there or is not.
+    if "avx512" not in kernels.available():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common base but this
@@ -74,16 +79,34 @@ def _open(path: Path, threads: Threads, inputs: Shapes, outputs: Shapes) -> ort.
 
 
 class OnnxVisionEncoder:
-    """`engines.VisionEncoder` on ONNX Runtime."""
+    """`engines.VisionEncoder` on ONNX Runtime.
 
-    def __init__(self, path: Path, spec: ImageSpec, hidden: int, threads: Threads) -> None:
+    With `one_by_one` pictures go through the graph alone: in 8 bits, those of one call share the range of
+    their activations, so that one would change the other's tokens.
+    """
+
+    def __init__(
+        self, path: Path, spec: ImageSpec, hidden: int, threads: Threads, *, one_by_one: bool = False
+    ) -> None:
         inputs: Shapes = {"pixel_values": [None, 3, spec.size, spec.size]}
         self._session = _open(path, threads, inputs, {"image_features": [None, spec.tokens, hidden]})
+        self._one_by_one = one_by_one
 
     def encode(self, pixels: Floats) -> Floats:
-        (features,) = self._session.run(["image_features"], {"pixel_values": pixels})
-        encoded: Floats = features
-        return encoded
+        calls = np.split(pixels, len(pixels)) if self._one_by_one else [pixels]
+        encoded = [self._session.run(["image_features"], {"pixel_values": call})[0] for call in calls]
+        features: Floats = np.concatenate(encoded) if len(calls) > 1 else encoded[0]
+        return features
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of the decoder's graph: its `inputs` by name and its `logits`, (B, K, vocabulary), are bound."""
+
+    binding: Any
+    inputs: dict[str, npt.NDArray[Any]]
+    logits: Floats
+    is_step: bool
 
 
 class OnnxDecoder:
@@ -104,7 +127,7 @@ class OnnxDecoder:
             inputs[f"past_key_values.{layer}.value"] = past
         self._spec = spec
         self._session = _open(path, threads, inputs, {"logits": [None, None, spec.vocabulary]})
-        self._bindings: WeakKeyDictionary[KVCache, dict[tuple[int, int], Any]] = WeakKeyDictionary()
+        self._calls: WeakKeyDictionary[KVCache, dict[tuple[int, int, bool], _Call]] = WeakKeyDictionary()
 
     def extend(
         self,
@@ -148,48 +171,66 @@ class OnnxDecoder:
         """
         first, stop = min(rows), max(rows) + 1
         batch, longest, wanted = stop - first, max(map(len, embeddings)), max(map(len, logits_at))
-        padded = np.zeros((batch, longest, self._spec.hidden), np.float32)
-        at = np.zeros((batch, wanted), np.int64)
+        call = self._call(cache, first, stop, longest, wanted)
         new = np.zeros(batch, np.int32)
         for row, chunk, positions in zip(rows, embeddings, logits_at, strict=True):
             assert len(chunk), "nothing to append"
-            padded[row - first, : len(chunk)] = chunk
-            at[row - first, : len(positions)] = positions
+            call.inputs["inputs_embeds"][row - first, : len(chunk)] = chunk
+            call.inputs["logits_at"][row - first, : len(positions)] = positions
             new[row - first] = len(chunk)
-        lengths = np.where(new > 0, cache.lengths[first:stop] + new, 0).astype(np.int32)
-        assert lengths.max() <= cache.capacity, f"{lengths.max()} tokens in a row of {cache.capacity}"
-        arrays: dict[str, npt.NDArray[Any]] = {
-            "inputs_embeds": padded,
-            "seqlens_k": np.maximum(lengths, 1) - 1,
-            "total_sequence_length": np.array(lengths.max()),
-            "logits_at": at,
-        }
+        lengths = np.where(new > 0, cache.lengths[first:stop] + new, 0)
+        longest_row = lengths.max()
+        assert longest_row <= cache.capacity, f"{longest_row} tokens in a row of {cache.capacity}"
+        call.inputs["seqlens_k"][:] = np.maximum(lengths, 1) - 1
+        call.inputs["total_sequence_length"][...] = longest_row
         if self._spec.ragged_append:
-            arrays["query_seqlens"] = new
-        logits = np.empty((batch, wanted, self._spec.vocabulary), np.float32)
+            call.inputs["query_seqlens"][:] = new
 
-        binding = self._bound_to(cache, first, stop)
-        for name, array in arrays.items():
-            _bind(binding.bind_input, name, array)
-        _bind(binding.bind_output, "logits", logits)
-        self._session.run_with_iobinding(binding)
+        self._session.run_with_iobinding(call.binding)
         for row, chunk in zip(rows, embeddings, strict=True):
             cache.lengths[row] += len(chunk)
-        if batch == 1:
-            return [logits[0]]
-        # copies, so that a row's logits do not keep those of the whole call
-        return [logits[row - first, : len(of)].copy() for row, of in zip(rows, logits_at, strict=True)]
+        if batch == 1 and not call.is_step:
+            return [call.logits[0]]
+        # copies, so that a row's logits keep neither those of the whole call nor a memory that is used again
+        return [call.logits[row - first, : len(of)].copy() for row, of in zip(rows, logits_at, strict=True)]
 
-    def _bound_to(self, cache: KVCache, first: int, stop: int) -> Any:
-        """Rows of `cache` bound as past and as present, once for all calls: their memory stays in place."""
-        bindings = self._bindings.setdefault(cache, {})
-        if (first, stop) not in bindings:
-            bindings[first, stop] = binding = self._session.io_binding()
+    def _call(self, cache: KVCache, first: int, stop: int, longest: int, wanted: int) -> _Call:
+        """Memory for a call's arguments, bound beside rows of `cache`.
+
+        The rows are bound as past and as present once for all calls: their memory stays in place. So are
+        the arguments of a step, one token a row, which come again and again.
+        """
+        is_step = longest == wanted == 1
+        kept = self._calls.setdefault(cache, {})
+        if (call := kept.get((first, stop, is_step))) is None:
+            binding = self._session.io_binding()
             for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
                 for kind, of_layer in (("key", keys), ("value", values)):
                     _bind(binding.bind_input, f"past_key_values.{layer}.{kind}", of_layer[first:stop])
                     _bind(binding.bind_output, f"present.{layer}.{kind}", of_layer[first:stop])
-        return bindings[first, stop]
+        elif is_step:
+            return call
+        else:
+            binding = call.binding
+        batch = stop - first
+        inputs: dict[str, npt.NDArray[Any]] = {
+            "inputs_embeds": np.zeros((batch, longest, self._spec.hidden), np.float32),
+            "seqlens_k": np.zeros(batch, np.int32),
+            "total_sequence_length": np.zeros((), np.int32),
+            "logits_at": np.zeros((batch, wanted), np.int64),
+        }
+        if self._spec.ragged_append:
+            inputs["query_seqlens"] = np.zeros(batch, np.int32)
+        logits = np.empty((batch, wanted, self._spec.vocabulary), np.float32)
+        for name, array in inputs.items():
+            _bind(binding.bind_input, name, array)
+        _bind(binding.bind_output, "logits", logits)
+        call = _Call(binding, inputs, logits, is_step)
+        # of other calls the binding alone: their memory is not to outlive them
+        kept[first, stop, is_step] = (
+            call if is_step else _Call(binding, {}, np.empty((0, 0, 0), np.float32), False)
+        )
+        return call
 
 
 def _bind(bind: Any, name: str, array: npt.NDArray[Any]) -> None:

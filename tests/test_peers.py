@@ -17,7 +17,9 @@ import pytest
 import tiny
 from PIL import Image
 from rich.console import Console
+from typer.testing import CliRunner
 
+from dualfocus import cli
 from dualfocus.bench import harness, peers
 from dualfocus.bench.peers import quality
 from dualfocus.bench.peers.base import PARTS, PAST, PREFILL, STEPS, Slot, Work
@@ -328,3 +330,17 @@ def test_divergence_is_of_the_wanted_distribution() -> None:
     np.testing.assert_allclose(compared.divergence, [0.5 * math.log(2) - 0.25 * math.log(2)], rtol=1e-6)
     assert not compared.agree.any()
     np.testing.assert_allclose(quality.compare(want, want - 50).divergence, [0], atol=1e-6)
+
+
+@pytest.mark.parametrize("given", [[], ["checkpoint", "--random", "edge"]])
+def test_the_command_line_wants_one_model(given: list[str]) -> None:
+    result = CliRunner().invoke(cli.app, ["bench", "peers", *given])
+    assert result.exit_code == 2
+    assert "expected a CHECKPOINT or --random SHAPE" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_the_command_line_refuses_an_unknown_shape() -> None:
+    result = CliRunner().invoke(cli.app, ["bench", "peers", "--random", "square"])
+    assert result.exit_code == 2
+    assert "square" in result.stderr

@@ -12,7 +12,7 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
-from dualfocus import cli
+from dualfocus import cli, kernels
 from dualfocus.bench.scenes import held_out
 from dualfocus.export import export_bundle, quantize
 from dualfocus.runtime import Bundle, FocusRunner, PlainRunner
@@ -164,6 +164,28 @@ def test_divergence() -> None:
     assert quantize.divergence(np.ones((2, 4), np.float32), np.ones((2, 4), np.float32)) == pytest.approx(
         [0, 0]
     )
+
+
+@pytest.mark.parametrize(
+    ("paths", "needed"), [(("avx2", "scalar"), True), (("avx512", "avx2", "scalar"), False)]
+)
+def test_products_of_8_bits_do_not_overflow_without_vnni(
+    paths: tuple[str, ...], needed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "available", lambda: paths)
+    options = Bundle.open(BUILT_IN, threads=1).vision._session.get_session_options()  # type: ignore[attr-defined]
+    entry = "session.x64quantprecision"
+    if needed:
+        assert options.get_session_config_entry(entry) == "1"
+    else:
+        with pytest.raises(RuntimeError):
+            options.get_session_config_entry(entry)
+
+
+def test_pictures_encoded_together_or_alone_are_the_same(bundle: Bundle, precision: Precision) -> None:
+    pixels = np.random.default_rng(0).standard_normal((3, 3, 160, 160), np.float32)
+    alone = np.concatenate([bundle.vision.encode(pixels[i : i + 1]) for i in range(3)])
+    assert np.array_equal(bundle.vision.encode(pixels), alone) or precision == "fp16"
 
 
 def test_odd_numbers_of_blocks(tmp_path: Path) -> None:

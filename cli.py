@@ -201,6 +201,10 @@ def inspect(
 _Limit = Annotated[int, typer.Option(metavar="N", min=1, help="Questions to ask.")]
 _Bundle = Annotated[Path | None, typer.Option(metavar="DIR", help="The model  [default: the built-in one]")]
 _Threads = Annotated[int | None, typer.Option(metavar="N", min=1, max=256, help="Threads of the engines.")]
+_Rounds = Annotated[int, typer.Option(metavar="N", min=2, help="How often each row is timed.")]
+_Spin = Annotated[
+    bool, typer.Option("--spin/--no-spin", help="Threads wait awake: faster, unless others need their cores.")
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _Save = Annotated[bool, typer.Option("--save", help="Keep the result under bench/results.")]
 _Plot = Annotated[Path | None, typer.Option(metavar="OUT", help="Draw the result: OUT.svg or OUT.png.")]
@@ -246,29 +250,46 @@ benches = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure
 app.add_typer(benches, name="bench")
 
 
+@benches.command("stages")
+def bench_stages(
+    bundle: _Bundle = None,
+    rounds: Annotated[int, typer.Option(metavar="N", min=2, help="How often the question is asked.")] = 20,
+    threads: _Threads = None,
+    spin: _Spin = True,
+    as_json: _Json = False,
+    save: _Save = False,
+    plot: _Plot = None,
+) -> None:
+    """One question, every stage apart; the first token, the first answer of a process, memory."""
+    _bench("stages", bundle, rounds, threads, spin, as_json=as_json, save=save, plot=plot)
+
+
+@benches.command("limits")
+def bench_limits(
+    bundle: _Bundle = None,
+    rounds: _Rounds = 10,
+    threads: _Threads = None,
+    spin: _Spin = True,
+    as_json: _Json = False,
+    save: _Save = False,
+    plot: _Plot = None,
+) -> None:
+    """Decode, prefill and vision against what memory and arithmetic of this machine allow."""
+    _bench("limits", bundle, rounds, threads, spin, as_json=as_json, save=save, plot=plot)
+
+
 @benches.command("savings")
 def bench_savings(
     bundle: _Bundle = None,
-    rounds: Annotated[int, typer.Option(metavar="N", min=2, help="How often each row is timed.")] = 10,
+    rounds: _Rounds = 10,
     threads: _Threads = None,
+    spin: _Spin = True,
     as_json: _Json = False,
     save: _Save = False,
     plot: _Plot = None,
 ) -> None:
     """What every saving is worth, from the plain protocol to all of them."""
-    with _errors():
-        from dualfocus.runtime import Bundle
-        from dualfocus.runtime.bundle import BUILT_IN
-
-        _check_plot(plot)
-        with _needs_train("bench savings"):
-            from dualfocus.bench import savings
-        model = Bundle.open(bundle or BUILT_IN, threads=threads)
-        with _progress() as watch:
-            result = savings.run(model, rounds, threads, watch)
-        _report(result, savings.show, as_json=as_json, save=save)
-        if plot is not None:
-            savings.plot(result, plot)
+    _bench("savings", bundle, rounds, threads, spin, as_json=as_json, save=save, plot=plot)
 
 
 @benches.command("gate")
@@ -276,24 +297,56 @@ def bench_gate(
     limit: _Limit = 2000,
     bundle: _Bundle = None,
     threads: _Threads = None,
+    spin: _Spin = True,
     as_json: _Json = False,
     save: _Save = False,
     plot: _Plot = None,
 ) -> None:
     """Accuracy against latency of `ask --skip-above`, on drawn scenes that no training ever saw."""
+    _bench("gate", bundle, limit, threads, spin, as_json=as_json, save=save, plot=plot)
+
+
+def _bench(
+    name: str,
+    bundle: Path | None,
+    amount: int,
+    threads: int | None,
+    spin: bool,
+    *,
+    as_json: bool,
+    save: bool,
+    plot: Path | None,
+) -> None:
+    """Run the benchmark `name` on a bundle: `amount` is of rounds or questions."""
     with _errors():
+        from importlib import import_module
+
         from dualfocus.runtime import Bundle
         from dualfocus.runtime.bundle import BUILT_IN
 
         _check_plot(plot)
-        with _needs_train("bench gate"):
-            from dualfocus.bench import gate
-        model = Bundle.open(bundle or BUILT_IN, threads=threads)
+        with _needs_train(f"bench {name}"):
+            module = import_module(f"dualfocus.bench.{name}")
+        model = Bundle.open(bundle or BUILT_IN, threads=threads, spin=spin)
         with _progress() as watch:
-            result = gate.run(model, limit, threads, watch)
-        _report(result, gate.show, as_json=as_json, save=save)
+            result = module.run(model, amount, threads, watch, spin=spin)
+        _report(result, module.show, as_json=as_json, save=save)
         if plot is not None:
-            gate.plot(result, plot)
+            module.plot(result, plot)
+
+
+@benches.command("compare")
+def bench_compare(
+    old: Annotated[Path, typer.Argument(metavar="OLD.json", help="A result that --save kept.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW.json", help="A later one of the same benchmark.")],
+    as_json: _Json = False,
+) -> None:
+    """What changed from one result to another."""
+    with _errors():
+        from dualfocus.bench import compare
+
+        result = compare.run(compare.read(old), compare.read(new))
+        _report(result, compare.show, as_json=as_json, save=False)
 
 
 @benches.command("crop")
@@ -413,6 +466,8 @@ def _check_plot(path: Path | None) -> None:
     if path.suffix.lower() not in (".svg", ".png"):
         raise InputError(f"--plot {path}: {path.suffix or 'no suffix'}, expected .svg or .png")
     _check_writable("--plot", path)
+    with _needs_train("--plot"):
+        import matplotlib  # noqa: F401
 
 
 def _watched(stream: TextIO | None) -> bool:

@@ -11,14 +11,15 @@ if not (pathlib.Path(__file__).parent / "src/dualfocus/kernels/__init__.py").is_
         "check out with symbolic links on (git config core.symlinks true)"
     )
 
-SOURCES = ["binding", "crop", "crop_avx512", "crop_avx2", "crop_neon"]
+SOURCES = ["binding", "crop", "crop_avx512", "crop_avx2", "crop_neon", "stream"]
+HEADERS = ["crop", "crop_isa", "stream"]
 
 setup(
     ext_modules=[
         Extension(
             "dualfocus.kernels._crop",
             [f"src/dualfocus/kernels/{name}.c" for name in SOURCES],
-            depends=["src/dualfocus/kernels/crop.h", "src/dualfocus/kernels/crop_isa.h"],
+            depends=[f"src/dualfocus/kernels/{name}.h" for name in HEADERS],
             # no contraction: a fused multiply-add in the filter's coefficients would change the last bit
             extra_compile_args=[
                 "-O3",

@@ -57,17 +57,23 @@ class Outcome:
         return self.replies[0.0 if self.confidence > threshold else 1.0]
 
 
-def run(bundle: Bundle, limit: int, threads: int | None, watch: Watch = lambda *_: None) -> dict[str, Any]:
+def run(
+    bundle: Bundle,
+    limit: int,
+    threads: int | None,
+    watch: Watch = lambda *_: None,
+    *,
+    spin: bool = True,
+) -> dict[str, Any]:
     """All that is measured on the first `limit` held-out questions, as the JSON object has it.
 
-    `threads` is what the bundle was opened with.
+    `threads` and `spin` are the opened bundle's.
     """
     outcomes = _ask_all(bundle, limit, watch)
     curve = [("never", [o.replies[None] for o in outcomes])]
     curve += [(str(p), [o.behind(p) for o in outcomes]) for p in (1.0, *reversed(THRESHOLDS), 0.0)]
     really = {str(p): [o.replies[p] for o in outcomes] for p in RUN}
-    return harness.header("gate", threads) | {
-        "bundle": bundle.manifest.name,
+    return harness.header("gate", threads, spin=spin, manifest=bundle.manifest) | {
         "questions": limit,
         "unit": "ms",
         "derived": {name: _summary(outcomes, replies) for name, replies in curve},

@@ -1,10 +1,25 @@
 """What every benchmark shares: the machine in words, candidates timed in turn, results as dated files.
 
-A result is one JSON object. It begins with `header`; times are milliseconds.
+A result is one JSON object, of schema 2::
+
+    schema    2; another number where the same name means something else
+    bench     which benchmark: "stages", "limits", "savings", "gate", "crop", ...
+    machine   date (ISO 8601, UTC), command, processor, cores (those this process may use), isa (the crop
+              kernel's path), governor (of the processor's clock, null where it is not told), memory (bytes,
+              null likewise), threads (of the engines; null: one for each core), spin (whether they wait
+              awake), environment (variables that bear on threads, where set), system, load (averages over 1,
+              5 and 15 minutes), commit, versions
+    bundle    the model's name, where there is one, and
+    precision of its weights
+    ...       the benchmark's own; times are milliseconds
+
+Wherever something was timed often, it is an object that has `Timing`'s fields: median, low and high (the
+quartiles), p5 and p95. Wherever something is wanted of a figure, it is `wanted`'s object.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -20,36 +35,50 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dualfocus import kernels
+
 if TYPE_CHECKING:
     from rich.console import Console
 
-SCHEMA = 1  # of the JSON objects
+    from dualfocus.runtime.manifest import Manifest
+
+SCHEMA = 2  # of the JSON objects
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
     "dualfocus", "onnxruntime", "onnxruntime-gpu", "tokenizers", "numpy", "pillow",
-    "opencv-python", "opencv-python-headless", "torchvision",
+    "opencv-python", "opencv-python-headless", "torchvision", "torch", "transformers", "llama-cpp-python",
+    "gguf", "onnxruntime-genai", "openvino", "openvino-genai",
 )  # fmt: skip
+ENVIRONMENT = (
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "OMP_PROC_BIND",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+)
 
 Watch = Callable[[str, int, int], object]  # told what is done next, how much is done, and of how much
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds a call: the median, and the quartiles around it."""
+    """Milliseconds a call: the median, the quartiles around it, and what 5 and 95 of 100 calls stay below."""
 
     median: float
     low: float
     high: float
+    p5: float
+    p95: float
 
     @classmethod
     def of(cls, milliseconds: Sequence[float]) -> Timing:
         """Of at least two calls."""
-        low, median, high = statistics.quantiles(milliseconds, n=4, method="inclusive")
-        return cls(median, low, high)
+        cuts = statistics.quantiles(milliseconds, n=20, method="inclusive")
+        return cls(median=cuts[9], low=cuts[4], high=cuts[14], p5=cuts[0], p95=cuts[18])
 
     def each(self, parts: int) -> Timing:
         """A call does `parts` things alike: the time of one."""
-        return Timing(self.median / parts, self.low / parts, self.high / parts)
+        return Timing(**{name: value / parts for name, value in dataclasses.asdict(self).items()})
 
 
 def interleaved(
@@ -82,8 +111,13 @@ def interleaved(
     return {name: Timing.of(values[-rounds:]) for name, values in milliseconds.items()}
 
 
-def header(bench: str, threads: int | None) -> dict[str, Any]:
-    """What every result begins with. `threads` of the engines; None: as many as the library takes."""
+def header(
+    bench: str, threads: int | None, *, spin: bool = True, manifest: Manifest | None = None
+) -> dict[str, Any]:
+    """What every result begins with; `threads` and `spin` are what the bundle of the `manifest`, if there is
+    one, was opened with.
+    """
+    of = {} if manifest is None else {"bundle": manifest.name, "precision": manifest.precision}
     return {
         "schema": SCHEMA,
         "bench": bench,
@@ -92,12 +126,18 @@ def header(bench: str, threads: int | None) -> dict[str, Any]:
             "command": " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
             "processor": _processor(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "isa": kernels.isa(),
+            "governor": _governor(),
+            "memory": _memory(),
             "threads": threads,
+            "spin": spin,
+            "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
             "system": f"{platform.system()} {platform.machine()}",
             "load": [round(load, 2) for load in os.getloadavg()],
             "commit": _commit(),
             "versions": {"python": platform.python_version()} | _versions(),
         },
+        **of,
     }
 
 
@@ -106,16 +146,37 @@ def show_machine(machine: Mapping[str, Any], console: Console) -> None:
     for name, value in machine.items():
         text = value
         if isinstance(value, dict):
-            text = ", ".join(f"{package} {version}" for package, version in value.items())
-        console.print(f"{name:>10}  {text}", markup=False)
+            text = ", ".join(f"{key} {of}" for key, of in value.items())
+        elif name == "memory" and value is not None:
+            text = f"{value / 1e9:.1f} GB"
+        if text not in (None, ""):
+            console.print(f"{name:>11}  {text}", markup=False)
     console.print()
 
 
+def wanted(value: float, *, at_least: float | None = None, at_most: float | None = None) -> dict[str, Any]:
+    """A figure, what is wanted of it, and whether it is met; both None if nothing is."""
+    if at_least is not None:
+        return {"value": value, "wanted": f">= {at_least}", "met": value >= at_least}
+    if at_most is not None:
+        return {"value": value, "wanted": f"<= {at_most}", "met": value <= at_most}
+    return {"value": value, "wanted": None, "met": None}
+
+
+def verdict(figure: Mapping[str, Any]) -> str:
+    """A `wanted` object's wish for people; empty where there is none."""
+    if figure["wanted"] is None:
+        return ""
+    return f"wanted {figure['wanted']}: {'met' if figure['met'] else 'missed'}"
+
+
 def save(result: Mapping[str, Any]) -> Path:
-    """Writes bench/results/<today>-<bench>[-<bundle>].json; a second run on one day replaces the first."""
+    """Writes bench/results/<today>-<bench>[-<bundle>[-<precision>]].json, float32 being the precision that is
+    not named; a second run on one day replaces the first.
+    """
     RESULTS.mkdir(exist_ok=True)
-    today = datetime.datetime.now(datetime.UTC).date()
-    words = [str(today), result["bench"], *([result["bundle"]] if "bundle" in result else [])]
+    words = [str(datetime.datetime.now(datetime.UTC).date()), result["bench"]]
+    words += [result[key] for key in ("bundle", "precision") if result.get(key, "fp32") != "fp32"]
     path = RESULTS / (re.sub(r"[^\w.-]+", "_", "-".join(words)) + ".json")
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return path
@@ -141,6 +202,21 @@ def _processor() -> str:
         return platform.processor() or "unknown"
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or "unknown"
+
+
+def _governor() -> str | None:
+    try:
+        path = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def _versions() -> dict[str, str]:

@@ -29,9 +29,9 @@ import numpy as np
 from dualfocus.bench import harness
 from dualfocus.bench.harness import Watch
 from dualfocus.bench.scenes import held_out
+from dualfocus.bench.scripted import ScriptedDecoder
 from dualfocus.runtime import Bundle, FocusRunner, PlainRunner
 from dualfocus.runtime.cache import KVCache
-from dualfocus.runtime.engines import Decoder, Floats
 from dualfocus.runtime.errors import InputError
 from dualfocus.runtime.image import Picture, view, whole
 from dualfocus.runtime.result import FocusResult
@@ -64,7 +64,6 @@ Kind = Literal["agree", "disagree"]
 KINDS: tuple[Kind, ...] = ("agree", "disagree")
 
 # What random weights are made to say. The second question's region is another one.
-PUSH = 100.0  # added to a logit, whose like spread by 2
 BOXES = ((0.32, 0.41, 0.58, 0.67), (0.12, 0.23, 0.45, 0.61))
 MACRO_ANSWER, MICRO_ANSWER = "two words", "other text"  # of each the first two tokens
 HINT = "\nA single word."  # in place of the protocol's: macro's replies and locate's then stand apart
@@ -87,40 +86,20 @@ class Case:
     second: Asked
 
 
-class ScriptedDecoder:
-    """A decoder whose replies are made to be what they are wanted to be, for the model's own work.
-
-    `script` maps positions in a row to the token that is to follow there; its logit is raised by `PUSH`.
-    """
-
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
-        self.script: Mapping[int, int] = {}
-
-    def extend(
-        self,
-        cache: KVCache,
-        rows: Sequence[int],
-        embeddings: Sequence[Floats],
-        logits_at: Sequence[Sequence[int]],
-    ) -> list[Floats]:
-        """As `engines.Decoder.extend`."""
-        starts = [cache.lengths[row] for row in rows]
-        results = self._decoder.extend(cache, rows, embeddings, logits_at)
-        for start, logits, at in zip(starts, results, logits_at, strict=True):
-            for i, position in enumerate(at):
-                if (token := self.script.get(start + position)) is not None:
-                    logits[i, token] += PUSH
-        return results
-
-
 def is_random(bundle: Bundle) -> bool:
     """The bundle was made by ``dualfocus export --random``."""
     return bundle.manifest.source.get("checkpoint", "").startswith("random weights")
 
 
-def run(bundle: Bundle, rounds: int, threads: int | None, watch: Watch = lambda *_: None) -> dict[str, Any]:
-    """All that is measured, as the JSON object has it; `threads` is what the bundle was opened with.
+def run(
+    bundle: Bundle,
+    rounds: int,
+    threads: int | None,
+    watch: Watch = lambda *_: None,
+    *,
+    spin: bool = True,
+) -> dict[str, Any]:
+    """All that is measured, as the JSON object has it; `threads` and `spin` are the opened bundle's.
 
     InputError for a trained bundle without such questions among the held-out ones. RuntimeError if two ways
     do not give the same answer, box and tokens.
@@ -129,8 +108,7 @@ def run(bundle: Bundle, rounds: int, threads: int | None, watch: Watch = lambda 
     if random:
         bundle = dataclasses.replace(bundle, decoder=ScriptedDecoder(bundle.decoder))
     cases = scripted_cases(bundle) if random else found_cases(bundle, watch)
-    result = harness.header("savings", threads) | {
-        "bundle": bundle.manifest.name,
+    result = harness.header("savings", threads, spin=spin, manifest=bundle.manifest) | {
         "scripted": random,
         "rounds": rounds,
         "unit": "ms",
@@ -164,11 +142,11 @@ def _measure(bundle: Bundle, kind: Kind, case: Case, rounds: int, watch: Watch) 
     }
     ratio = {
         # equal candidates are not scored, so that where both passes agree plain encodes 4 images, not 8
-        "plain / all": _wanted(
+        "plain / all": harness.wanted(
             timings[PLAIN].median / timings[ALL].median, at_least=3.6 if kind == "disagree" else None
         ),
-        "all / macro only": _wanted(timings[ALL].median / timings[MACRO].median, at_most=2.3),
-        "second question / first": _wanted(timings[SECOND].median / timings[ALL].median, at_most=0.6),
+        "all / macro only": harness.wanted(timings[ALL].median / timings[MACRO].median, at_most=2.3),
+        "second question / first": harness.wanted(timings[SECOND].median / timings[ALL].median, at_most=0.6),
     }
     (answered,) = results[ALL]
     return {
@@ -250,15 +228,6 @@ def _mean_counters(results: Sequence[FocusResult]) -> dict[str, float]:
     return {name: sum(counters[name] for counters in counted) / len(counted) for name in counted[0]}
 
 
-def _wanted(value: float, *, at_least: float | None = None, at_most: float | None = None) -> dict[str, Any]:
-    """A ratio, what is wanted of it on the edge shape, and whether it is met; both None if nothing is."""
-    if at_least is not None:
-        return {"value": value, "wanted": f">= {at_least}", "met": value >= at_least}
-    if at_most is not None:
-        return {"value": value, "wanted": f"<= {at_most}", "met": value <= at_most}
-    return {"value": value, "wanted": None, "met": None}
-
-
 def fork_cost(bundle: Bundle, asked: Asked, rounds: int) -> dict[str, Any]:
     """Copying the picture's prefix into another row, against prefilling it."""
     manifest = bundle.manifest
@@ -279,7 +248,7 @@ def fork_cost(bundle: Bundle, asked: Asked, rounds: int) -> dict[str, Any]:
     return {
         "tokens": len(prefix),
         **{name: dataclasses.asdict(timing) for name, timing in timings.items()},
-        "percent": _wanted(percent, at_most=2),
+        "percent": harness.wanted(percent, at_most=2),
     }
 
 
@@ -299,7 +268,7 @@ def found_cases(bundle: Bundle, watch: Watch) -> dict[Kind, Case]:
             watch("looking for questions", done, len(questions))
             done += 1
             result = session.ask(dialogue.question)
-            if (kind := _kind(result)) is not None:
+            if (kind := kind_of(result)) is not None:
                 found[kind].setdefault(result.crop, Asked(picture, dialogue.question, {}))
         for kind, by_crop in found.items():
             asked = list(by_crop.values())
@@ -315,7 +284,8 @@ def found_cases(bundle: Bundle, watch: Watch) -> dict[Kind, Case]:
     )
 
 
-def _kind(result: FocusResult) -> Kind | None:
+def kind_of(result: FocusResult) -> Kind | None:
+    """Which case an answered question is one of, if any."""
     macro, micro = result.macro, result.micro
     if macro is None or micro is None:
         return None
@@ -396,21 +366,47 @@ def show(result: Mapping[str, Any], console: Console) -> None:
             table.add_row(name, f"{row['median']:.1f}", quartiles, f"{row['ratio']:.2f}", *counted)
         console.print(table)
         for name, ratio in case["ratios"].items():
-            console.print(f"{name}: {ratio['value']:.2f} ({_verdict(ratio)})")
+            said = harness.verdict(ratio) or "nothing is wanted: plain scores no candidates here"
+            console.print(f"{name}: {ratio['value']:.2f} ({said})")
         console.print()
     fork = result["fork"]
     console.print(
         f"branching behind the picture: {fork['fork']['median']:.3f} ms, {fork['percent']['value']:.2f} % of "
         f"{fork['prefill']['median']:.1f} ms for the prefill of its {fork['tokens']} tokens "
-        f"({_verdict(fork['percent'])})"
+        f"({harness.verdict(fork['percent'])})"
     )
     console.print("ratios are wanted of the shape `edge`", style="dim")
 
 
-def _verdict(ratio: Mapping[str, Any]) -> str:
-    if ratio["wanted"] is None:
-        return "nothing is wanted: plain scores no candidates here"
-    return f"wanted {ratio['wanted']}: {'met' if ratio['met'] else 'missed'}"
+LABELS = {
+    PLAIN: "the plain protocol",
+    "+ images": "+ an image is encoded once",
+    "+ prefix": "+ prompts start from what is cached",
+    "+ batch": "+ macro and locate decode together",
+    "+ forced": "+ the box under its grammar",
+    "+ draft": "+ the macro answer as draft",
+    ALL: "+ candidates as branches: all of it",
+    MACRO: "macro alone",
+    SECOND: "second question on the picture",
+    SEVERAL: "8 questions at once, each",
+}  # of the rows, where there is room
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The result as README's table; of counters, both cases' where they are not the same."""
+    cases = [result["cases"][kind]["rows"] for kind in KINDS]
+    lines = [
+        f"| | {' | | '.join(KINDS)} | | encodes | prefilled | steps |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, label in LABELS.items():
+        rows = [case[name] for case in cases]
+        cells = [f"{row['median']:,.0f} | {row['ratio']:.2f}\u00d7" for row in rows]
+        for counter in ("vision_encodes", "tokens_prefilled", "decode_steps"):
+            counted = dict.fromkeys(f"{row['counters'][counter]:.0f}" for row in rows)
+            cells.append(" / ".join(counted))
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:

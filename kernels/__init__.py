@@ -12,6 +12,8 @@ The work is done in C (crop.h), by the best of the paths that the processor can 
 The pixels are the same on every processor, and whatever Pillow is installed. Pillow's own are not, quite:
 before version 13 it took the two passes over a crop more than about twice as tall as wide in the other order,
 which shows with ``pad=None``.
+
+`stream_sum` has nothing to do with pictures: a benchmark measures with it how fast memory can be read.
 """
 
 import functools
@@ -24,7 +26,7 @@ import numpy.typing as npt
 
 from dualfocus.kernels import _crop
 
-__all__ = ["available", "crop_resize", "crop_resize_u8", "force_isa", "isa"]
+__all__ = ["available", "crop_resize", "crop_resize_u8", "force_isa", "isa", "stream_sum"]
 
 _forced: str | None = None
 
@@ -88,6 +90,11 @@ def force_isa(name: str | None) -> None:
     """
     global _forced
     _forced = None if name is None else _runnable(name)
+
+
+def stream_sum(words: npt.NDArray[np.uint64]) -> int:
+    """The sum, modulo 2^64, of a contiguous array, read as fast as one core can; other threads go on."""
+    return _crop.stream_sum(words)
 
 
 def _runnable(name: str) -> str:

@@ -1,10 +1,11 @@
-/* Python's door to crop.h: checks every argument, makes the result, runs the kernel without the GIL. */
+/* Python's door to crop.h and stream.h: checks every argument, makes the result, works without the GIL. */
 #include <Python.h>
 
 #include <stdlib.h>
 #include <string.h>
 
 #include "crop.h"
+#include "stream.h"
 
 static const crop_isa *find_isa(const char *name)
 {
@@ -216,16 +217,37 @@ static PyObject *available(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unus
     return names;
 }
 
+PyDoc_STRVAR(stream_sum_doc, "stream_sum(words) -> the sum, modulo 2^64, of a contiguous buffer's 8-byte words");
+
+static PyObject *sum_words(PyObject *Py_UNUSED(module), PyObject *words)
+{
+    Py_buffer view;
+    if (PyObject_GetBuffer(words, &view, PyBUF_SIMPLE) < 0)
+        return NULL;
+    if ((uintptr_t)view.buf % sizeof(uint64_t) || (size_t)view.len % sizeof(uint64_t)) {
+        PyBuffer_Release(&view);
+        PyErr_SetString(PyExc_ValueError, "words must be aligned to 8 bytes, and whole");
+        return NULL;
+    }
+    uint64_t sum;
+    Py_BEGIN_ALLOW_THREADS
+    sum = stream_sum(view.buf, (size_t)view.len / sizeof(uint64_t));
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&view);
+    return PyLong_FromUnsignedLongLong(sum);
+}
+
 static PyMethodDef methods[] = {
     {"resize", resize, METH_VARARGS, resize_doc},
     {"available", available, METH_NOARGS, available_doc},
+    {"stream_sum", sum_words, METH_O, stream_sum_doc},
     {NULL, NULL, 0, NULL},
 };
 
 static struct PyModuleDef module = {
     PyModuleDef_HEAD_INIT,
     .m_name = "_crop",
-    .m_doc = "The crop kernel; use dualfocus.kernels.",
+    .m_doc = "The kernels in C; use dualfocus.kernels.",
     .m_methods = methods,
 };
 

@@ -99,6 +99,15 @@ class _Asked:
         )
 
 
+@dataclass(frozen=True)
+class _View:
+    """An image as the tower sees it: (1, 3, S, S) `pixels`, and the question it is encoded for."""
+
+    asked: _Asked
+    name: str
+    pixels: Floats
+
+
 class FocusRunner:
     """Answers questions about pictures, and keeps what it saw of them for later questions.
 
@@ -217,10 +226,12 @@ class FocusRunner:
             clock.enter(stage)
             return Stage(stage)
 
-        yield enter("encode_whole")
+        yield enter("hash")
         self._open(wave)
-        if self._savings.images:
-            self._encode([(a, a.whole) for a in wave])
+        yield enter("view_whole")
+        seen = self._view([(a, a.whole) for a in wave]) if self._savings.images else []
+        yield enter("encode_whole")
+        self._encode(seen)
         # behind a gate, a region is looked for once the macro answer turned out to be unsure
         gated = self._skip_above is not None
         rounds: list[tuple[ReplyName, ...]] = [("macro",), ("locate",)] if gated else [("macro", "locate")]
@@ -236,13 +247,14 @@ class FocusRunner:
             if gated:
                 for a in wave:
                     a.skipped = a.mode == "dual" and self._is_sure(a)
-        for a in wave:
-            if a.mode != "macro" and not a.skipped:
+        if curious := [a for a in wave if a.mode != "macro" and not a.skipped]:
+            yield enter("view_crop")
+            for a in curious:
                 yield self._find_region(a)
         if zoomed := [a for a in wave if a.crop]:
+            seen = self._view([(a, a.crop) for a in zoomed]) if self._savings.images else []
             yield enter("encode_crop")
-            if self._savings.images:
-                self._encode([(a, a.crop) for a in zoomed])
+            self._encode(seen)
             yield enter("micro_prefill")
             for a in zoomed:
                 yield from self._begin(a, "micro", a.reading)
@@ -273,8 +285,8 @@ class FocusRunner:
                 sequence.cut(0)
             sequence.forget_branches()
 
-    def _encode(self, wanted: Sequence[tuple[_Asked, str]]) -> None:
-        """See to it that the tokens of the images named are in `_features`; new ones are encoded at once."""
+    def _view(self, wanted: Sequence[tuple[_Asked, str]]) -> list[_View]:
+        """What the tower has to see of the images named: of those whose tokens are not kept."""
         new: dict[str, _Asked] = {}
         for a, name in wanted:
             kept = self._pool.get(name) if self._savings.images else None
@@ -282,14 +294,18 @@ class FocusRunner:
                 self._features[name] = kept.features
             elif name not in self._features:
                 new.setdefault(name, a)
-        if not new:
-            return
         image = self._bundle.manifest.image
-        pixels = np.concatenate([view(a.picture, a.crops[name], image) for name, a in new.items()])
-        for (name, a), features in zip(new.items(), self._bundle.vision.encode(pixels), strict=True):
-            self._features[name] = features.copy()  # not the batch, which a view would keep alive
-            self._pool.put(name, EncodedImage(self._features[name]))
-            a.counters.vision_encodes += 1
+        return [_View(a, name, view(a.picture, a.crops[name], image)) for name, a in new.items()]
+
+    def _encode(self, seen: Sequence[_View]) -> None:
+        """Put the tokens of what is seen into `_features`, all of it encoded at once."""
+        if not seen:
+            return
+        pixels = np.concatenate([of.pixels for of in seen])
+        for of, features in zip(seen, self._bundle.vision.encode(pixels), strict=True):
+            self._features[of.name] = features.copy()  # not the batch, which a view would keep alive
+            self._pool.put(of.name, EncodedImage(self._features[of.name]))
+            of.asked.counters.vision_encodes += 1
 
     def _begin(self, a: _Asked, name: ReplyName, prompt: Prompt) -> Iterator[ReplyToken]:
         """Prefill a reply's prompt, and what is expected of the reply; choose its first tokens."""
@@ -317,7 +333,7 @@ class FocusRunner:
             names = dict.fromkeys(token.image for token in prompt.tokens if isinstance(token, ImageToken))
             for name in names:
                 self._features.pop(name, None)
-            self._encode([(a, name) for name in names])
+            self._encode(self._view([(a, name) for name in names]))
         if not self._savings.prefix:
             row.cut(0)
             return

@@ -15,8 +15,9 @@ import tiny
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from dualfocus import cli
+from dualfocus import cli, kernels
 from dualfocus.bench import gate, harness, savings
+from dualfocus.bench.scripted import PUSH, ScriptedDecoder
 from dualfocus.export import export_bundle
 from dualfocus.runtime import Bundle, FocusRunner
 from dualfocus.runtime.cache import KVCache
@@ -92,12 +93,12 @@ def test_candidates_take_turns_and_only_they_are_timed(monkeypatch: pytest.Monke
         before={"b": clock.work("before b", 50)},
         watch=lambda *doing: told.append(doing),
     )
-    assert timings["a"] == harness.Timing(median=2000, low=1500, high=2500)
+    assert timings["a"] == harness.Timing(median=2000, low=1500, high=2500, p5=1100, p95=2900)
     assert timings["b"].median == 7000  # of 7, 99, 7
     b = ["before b", "b"]
     assert clock.log == ["a", *b, "a", *b, *b, "a", "a", *b]
     assert told == [(name, i, 8) for i, name in enumerate("ababbaab")]
-    assert timings["a"].each(4) == harness.Timing(median=500, low=375, high=625)
+    assert timings["a"].each(4) == harness.Timing(median=500, low=375, high=625, p5=275, p95=725)
 
 
 def test_results_are_dated_files_with_a_schema(results: Path) -> None:
@@ -107,13 +108,35 @@ def test_results_are_dated_files_with_a_schema(results: Path) -> None:
     assert path.name.endswith("-gate-a_b_c.json")
     kept = json.loads(path.read_text())
     assert (kept["schema"], kept["bench"], kept["machine"]["threads"]) == (harness.SCHEMA, "gate", 3)
-    assert {"processor", "cores", "load", "commit", "versions", "command"} <= kept["machine"].keys()
+    assert kept["machine"].keys() == {
+        "date", "command", "processor", "cores", "isa", "governor", "memory", "threads", "spin",
+        "environment", "system", "load", "commit", "versions",
+    }  # fmt: skip
     assert kept["machine"]["versions"]["numpy"] == np.__version__
+    assert kept["machine"]["isa"] in kernels.available()
+
+
+def test_a_result_of_a_bundle_is_named_for_its_precision(results: Path) -> None:
+    manifest = Bundle.open(threads=1).manifest
+    for precision, name in (("fp32", "-stages-nano.json"), ("int8", "-stages-nano-int8.json")):
+        of = dataclasses.replace(manifest, precision=precision)
+        result = harness.header("stages", None, spin=False, manifest=of)
+        assert (result["bundle"], result["precision"]) == ("nano", precision)
+        assert result["machine"]["spin"] is False
+        assert harness.save(result).name.endswith(name)
+
+
+def test_what_is_wanted_is_met_or_missed() -> None:
+    assert harness.verdict(harness.wanted(2, at_least=2)) == "wanted >= 2: met"
+    assert harness.verdict(harness.wanted(3, at_most=2)) == "wanted <= 2: missed"
+    assert harness.wanted(1)["met"] is None
+    assert harness.verdict(harness.wanted(1)) == ""
 
 
 def test_savings_of_the_built_in_model(tmp_path: Path, results: Path) -> None:
     result = answered("savings", "--rounds", 2, "--plot", tmp_path / "bars.png", "--save")
-    assert (result["schema"], result["bench"], result["bundle"]) == (1, "savings", "nano")
+    assert (result["schema"], result["bench"], result["bundle"]) == (harness.SCHEMA, "savings", "nano")
+    assert (result["precision"], result["machine"]["spin"]) == ("fp32", True)
     assert not result["scripted"]
     assert list(result["cases"]) == ["agree", "disagree"]
     for kind, case in result["cases"].items():
@@ -217,12 +240,12 @@ def test_a_script_pushes_its_positions_and_no_others() -> None:
                 cache.lengths[row] += len(new)
             return [np.zeros((len(at), 4), np.float32) for at in logits_at]
 
-    scripted = savings.ScriptedDecoder(Zeros())
+    scripted = ScriptedDecoder(Zeros())
     scripted.script = {4: 1, 6: 3}
     new = [np.zeros((3, 2), np.float32)] * 2
     first, second = scripted.extend(cache, [0, 1], new, [[0, 1], [2]])  # positions 5, 6 and 4
     expected = np.zeros((3, 4), np.float32)
-    expected[1, 3] = expected[2, 1] = savings.PUSH
+    expected[1, 3] = expected[2, 1] = PUSH
     np.testing.assert_array_equal(np.concatenate([first, second]), expected)
 
 
@@ -271,16 +294,21 @@ def test_crop_compares_every_path() -> None:
         (["gate", "--limit", 0], "--limit"),
         (["gate", "--plot", "curve"], "no suffix"),
         (["crop", "--rounds", 1], "--rounds"),
+        (["stages", "--rounds", 1], "--rounds"),
+        (["stages", "--plot", "fall.pdf"], "expected .svg or .png"),
+        (["limits", "--threads", 257], "--threads"),
+        (["limits", "--bundle", "/nowhere"], "/nowhere"),
+        (["compare", "/nowhere.json", "/nowhere.json"], "/nowhere.json"),
     ],
 )
 def test_what_cannot_be_done_is_refused(arguments: list[object], said: str) -> None:
     assert said in refused(bench(*arguments))
 
 
-@pytest.mark.parametrize("name", ["savings", "gate"])
+@pytest.mark.parametrize("name", ["savings", "gate", "stages"])
 def test_a_missing_extra_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for module in ("bench.savings", "bench.gate", "bench.scenes", "train.scenes"):
+    for module in ("bench.savings", "bench.gate", "bench.stages", "bench.scenes", "train.scenes"):
         monkeypatch.delitem(sys.modules, f"dualfocus.{module}", raising=False)
         room, _, leaf = module.partition(".")
         monkeypatch.delattr(f"dualfocus.{room}.{leaf}", raising=False)

@@ -159,7 +159,7 @@ def test_a_terminal_shows_the_macro_answer_then_the_region_then_the_result(photo
     assert process.returncode == 0
     text = shown.decode()
     first, region = text.index("macro"), text.index("region")
-    assert first < region < text.index(" ms: encode whole")
+    assert first < region < text.index(" ms: hash")
     erased = "\x1b[2K"  # what was shown meanwhile makes room for the result
     assert erased in text
     assert f"[{', '.join(f'{side:.0f}' for side in answer['box'])}]" in text[: text.rindex(erased)]

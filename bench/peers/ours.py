@@ -15,7 +15,7 @@ import numpy as np
 
 from dualfocus.bench.peers.base import PAST, PREFILL, STEPS, Counts, Engines, Opened, Precision, Work
 from dualfocus.bench.peers.work import script
-from dualfocus.bench.savings import ScriptedDecoder
+from dualfocus.bench.scripted import ScriptedDecoder
 from dualfocus.export import Shape, export_bundle
 from dualfocus.runtime import Bundle, FocusRunner
 from dualfocus.runtime.bundle import read_manifest

@@ -142,8 +142,8 @@ def test_readmes_table_is_of_the_newest_result(page: Path) -> None:
     assert page.read_text() == BEFORE
     assert readme.main([]) == 0
     text = page.read_text()
-    assert text.startswith("# name\n\n<!-- bench:savings-edge -->\n| | agree")
-    assert text.endswith("|\n<!-- /bench -->\n\nbehind\n")
+    assert text.startswith("# name\n\n<!-- bench:savings-edge -->\n\n| | agree")
+    assert text.endswith("|\n\n<!-- /bench -->\n\nbehind\n")
     assert "| the plain protocol | 1,234 | 2.00\u00d7 | 1,234 | 2.00\u00d7 | 2 / 4 | 1277 | 9 |\n" in text
     assert text.count("\n| ") == 1 + len(savings.LABELS)
     assert readme.main(["--check"]) == 0

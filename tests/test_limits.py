@@ -1,4 +1,4 @@
-"""Limits: what a model has to do, by what its graphs do when they run. No rate of this machine is expected."""
+"""Limits: what a model has to do, by what its graphs do as they run. No rate of this machine is expected."""
 
 from __future__ import annotations
 

@@ -198,7 +198,7 @@ def test_readable_output(photo, bundle):
     assert lines[0].strip() == cli._text(answer["answer"]).plain
     words = " ".join(lines)
     region = f"[{', '.join(f'{side:.0f}' for side in answer['box'])}]"
-    for expected in ("macro", "micro", region, "loss", " ms: encode whole", "reused", "drafted"):
+    for expected in ("macro", "micro", region, "loss", " ms: hash", "encode whole", "reused", "drafted"):
         assert expected in words
     assert "\x1b" not in words  # no colours where no terminal is
 

@@ -160,3 +160,16 @@ def show(result: Mapping[str, Any], console: Console) -> None:
             table.add_row(label, f"{row['median']:.2f}", quartiles, f"{row['ratio']:.1f}")
         console.print(table)
         console.print()
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The result as README's table."""
+    cases = result["cases"]
+    lines = [
+        f"| ms (times as fast as {BASELINE}) | {' | '.join(cases)} |",
+        "|---" * (1 + len(cases)) + "|",
+    ]
+    for label in next(iter(cases.values())):
+        cells = [f"{rows[label]['median']:.2f} ({rows[label]['ratio']:.1f}\u00d7)" for rows in cases.values()]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from dualfocus import cli, kernels
-from dualfocus.bench import gate, harness, savings
+from dualfocus.bench import crop, gate, harness, savings
 from dualfocus.bench.scripted import PUSH, ScriptedDecoder
 from dualfocus.export import export_bundle
 from dualfocus.runtime import Bundle, FocusRunner
@@ -281,6 +281,9 @@ def test_crop_compares_every_path() -> None:
     for rows in found["cases"].values():
         assert {f"dualfocus, {isa}" for isa in found["paths"]} < rows.keys()
     assert "scalar" in found["paths"]
+    table = crop.markdown(found).splitlines()
+    assert len(table) == 2 + len(next(iter(found["cases"].values())))
+    assert {line.count("|") for line in table} == {2 + len(found["cases"])}
 
 
 @pytest.mark.parametrize(

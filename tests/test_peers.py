@@ -198,6 +198,28 @@ def test_tables_and_bars(result: dict[str, Any], tmp_path: Path) -> None:
         assert picture.format == "PNG"
 
 
+def test_readmes_tables(result: dict[str, Any]) -> None:
+    vision = {"relative": 0.0123, "cosine": 0.99}
+    good = {"questions": 2, "accuracy": {"share": 0.5}, "kl": 0.25, "top1": 0.75, "vision": vision}
+    bad = {"cannot": "it died"}
+    quality = [{"peer": peer, "precision": "fp32"} | of for peer, of in (("one", good), ("two", bad))]
+    lines = peers.markdown(result | {"quality": quality}).splitlines()
+    ours, fragile = (row_of(result, name) for name in (peers.OURS, "fragile"))
+    speed = f"{ours['parts']['prefill']['tokens_per_s']:,.0f}"
+    took = f"{fragile['parts']['vision']['median']:,.0f}"
+    (row,) = (line for line in lines if line.startswith(f"| {peers.OURS} fp32 |"))
+    assert row.split(" | ")[2] == speed
+    (row,) = (line for line in lines if line.startswith("| fragile fp32 |"))
+    assert row.split(" | ")[1:] == [took, "-", "-", "-", "-", "- |"]
+    for line in (
+        "- dies: its process ended with status 3",
+        "- fragile, decode, two rows: one row only",
+        "| one fp32 | 50.0 | 0.25000 | 75.00 | 1.23 |",
+        "| two fp32 | cannot: it died |",
+    ):
+        assert line in lines
+
+
 def test_transformers_computes_what_we_do(work: Work, folder: Path) -> None:
     from dualfocus.bench.peers.transformers import ENGINES
 

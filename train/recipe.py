@@ -42,6 +42,9 @@ from dualfocus.train.curate import Dialogue
 
 RUNS, CHECKPOINT = Path("train/runs"), Path("train/checkpoint")
 TREES = 8  # scenes in a step of the later stages
+# Scenes are drawn in a process beside. A fork of this one would own its engines without their threads, and wait
+# for ever where its garbage collector closes one.
+BESIDE: dict[str, Any] = {"num_workers": 1, "prefetch_factor": 4, "multiprocessing_context": "spawn"}
 POINTING = 0.3  # what knowing where to look weighs beside knowing what to say
 
 
@@ -212,7 +215,7 @@ def train_tower(minutes: float, seed: int, resume: bool) -> None:
         torch.save({"samples": samples, "tower": tower.state_dict(), "heads": heads.state_dict()}, path)
 
     progress = Progress("tower", minutes, 1e-3 if resume else 2e-3, scenes_seen, batch_size)
-    loader = DataLoader(views, batch_size=batch_size, num_workers=1, prefetch_factor=4)
+    loader = DataLoader(views, batch_size=batch_size, **BESIDE)
     fit(optimizer, progress, loader, loss, save)
 
 
@@ -542,7 +545,7 @@ def train_dialogues(minutes: float, seed: int, resume: bool) -> None:
     def save(step: int) -> None:
         torch.save({"samples": scenes_seen + step * TREES, "model": model.state_dict()}, path)
 
-    loader = DataLoader(trees, batch_size=TREES, collate_fn=collate, num_workers=1, prefetch_factor=4)
+    loader = DataLoader(trees, batch_size=TREES, collate_fn=collate, **BESIDE)
     fit(optimizer, progress, loader, loss, save)
 
 

@@ -27,12 +27,12 @@ from dualfocus.bench import harness
 from dualfocus.bench.harness import Timing, Watch
 from dualfocus.bench.peers.base import PARTS, PAST, PRECISIONS, PREFILL, STEPS, Part, Peer, Precision, Work
 from dualfocus.bench.peers.process import Child, Done, Failure, OpenedPeer, PeerError
-from dualfocus.bench.peers.report import plot, show
+from dualfocus.bench.peers.report import markdown, plot, show
 from dualfocus.export.shapes import Shape
 from dualfocus.runtime.bundle import read_manifest
 from dualfocus.runtime.errors import InputError
 
-__all__ = ["plot", "run", "show"]
+__all__ = ["markdown", "plot", "run", "show"]
 
 OURS, TRANSFORMERS, LLAMA_CPP = "dualfocus", "transformers", "llama.cpp"
 PEERS = {

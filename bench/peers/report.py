@@ -110,6 +110,80 @@ def _show_quality(rows: Iterable[Mapping[str, Any]], console: Console) -> None:
         console.print(line, style="dim", markup=False, highlight=False)
 
 
+def markdown(result: Mapping[str, Any]) -> str:
+    """The result as README's tables: every part of every row, what is wanted, and quality if there is any."""
+    machine, peers = result["machine"], result["peers"]
+    versions = [
+        f"{package} {version}" for peer in peers.values() for package, version in peer["versions"].items()
+    ]
+    lines = [
+        f"{result['bundle']}, {machine['threads']} threads, medians of {result['rounds']} rounds; "
+        f"{', '.join(dict.fromkeys(versions))}.",
+        "",
+        "| | " + " | ".join(COLUMNS.values()) + " |",
+        "|---" * (1 + len(COLUMNS)) + "|",
+    ]
+    for row in result["rows"]:
+        parts = row.get("parts", {})
+        cells = [_cell(parts.get(part, row)) for part in COLUMNS]
+        lines.append(f"| {row['peer']} {row['precision']} | {' | '.join(cells)} |")
+    lines += ["", *_reasons(result)]
+    if any(target["met"] is not None for target in result["wanted"]):
+        lines += ["", "| times as long as ours | the other | wanted | found |", "|---|---|---|---|"]
+    for target in result["wanted"]:
+        if target["met"] is not None:
+            found = _number(target["value"]) if target["met"] else f"**{_number(target['value'])}**, missed"
+            lines.append(
+                f"| {target['part']}, ours {target['ours']} | {target['other']} | {target['wanted'][3:]} | "
+                f"{found} |"
+            )
+    if result["quality"] is not None:
+        lines += ["", "| | right, % | KL | same best token, % | vision error, % |", "|---|---|---|---|---|"]
+    for row in result["quality"] or ():
+        cells = [f"cannot: {row['cannot']}"] if "cannot" in row else _quality_cells(row)
+        lines.append(f"| {row['peer']} {row['precision']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+COLUMNS = {
+    "vision": "vision, ms",
+    "prefill": "prefill, tokens/s",
+    "decode": "decode, tokens/s",
+    "decode, two rows": "two rows, tokens/s",
+    "question as shipped": "question, ms",
+    "question with reuse": "reusing, ms",
+}  # of README's table
+
+
+def _cell(entry: Mapping[str, Any]) -> str:
+    return "-" if "cannot" in entry else f"{entry.get('tokens_per_s', entry['median']):,.0f}"
+
+
+def _reasons(result: Mapping[str, Any]) -> list[str]:
+    """Why some cells hold no figure."""
+    found = [f"- {name}: {peer['cannot']}" for name, peer in result["peers"].items() if "cannot" in peer]
+    parts: dict[tuple[str, str], list[str]] = {}  # by peer and reason
+    for row in result["rows"]:
+        if "cannot" in row:
+            found.append(f"- {row['peer']} {row['precision']}: {row['cannot']}")
+        for part, entry in row.get("parts", {}).items():
+            if "cannot" in entry:
+                parts.setdefault((row["peer"], entry["cannot"]), []).append(part)
+    return found + [
+        f"- {peer}, {', '.join(dict.fromkeys(of))}: {reason}" for (peer, reason), of in parts.items()
+    ]
+
+
+def _quality_cells(row: Mapping[str, Any]) -> list[str]:
+    vision = row["vision"]
+    return [
+        f"{100 * row['accuracy']['share']:.1f}",
+        f"{row['kl']:.5f}",
+        f"{100 * row['top1']:.2f}",
+        "" if vision is None else f"{100 * vision['relative']:.2f}",
+    ]
+
+
 def _print_table(console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Columns without a heading, and those that name something, are flush left; the others hold numbers."""
     from rich.table import Table

@@ -42,8 +42,8 @@ from dualfocus.train.curate import Dialogue
 
 RUNS, CHECKPOINT = Path("train/runs"), Path("train/checkpoint")
 TREES = 8  # scenes in a step of the later stages
-# Scenes are drawn in a process beside. A fork of this one would own its engines without their threads, and wait
-# for ever where its garbage collector closes one.
+# Scenes are drawn in a process beside. A fork of this one would hold its engines without their threads, and
+# wait for ever where its garbage collector closes one.
 BESIDE: dict[str, Any] = {"num_workers": 1, "prefetch_factor": 4, "multiprocessing_context": "spawn"}
 POINTING = 0.3  # what knowing where to look weighs beside knowing what to say
 

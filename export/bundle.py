@@ -49,8 +49,9 @@ def export_bundle(
     try:
         from dualfocus.export import checkpoint as checkpoints
         from dualfocus.export import quantize
-        from dualfocus.export.decoder import export_decoder
+        from dualfocus.export.decoder import Decoder, export_decoder
         from dualfocus.export.random_weights import random_checkpoint
+        from dualfocus.export.rotate import rotated
         from dualfocus.export.verify import verify
         from dualfocus.export.vision import export_vision
     except ModuleNotFoundError as error:
@@ -69,7 +70,12 @@ def export_bundle(
             progress("vision.onnx")
             export_vision(loaded.model, exact / "vision.onnx")
             progress("decoder.onnx")
-            export_decoder(loaded.model, manifest.decoder, exact / "decoder.onnx")
+            decoder = Decoder(loaded.model).eval()
+            export_decoder(
+                rotated(decoder) if precision == "int8" else decoder,
+                manifest.decoder,
+                exact / "decoder.onnx",
+            )
         embeddings = loaded.model.get_input_embeddings().weight.detach().numpy()
         np.save(folder / "embeddings.npy", np.ascontiguousarray(embeddings, np.float32))
         loaded.tokenizer.save(str(folder / "tokenizer.json"))

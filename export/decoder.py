@@ -105,6 +105,7 @@ class Decoder(nn.Module):
         config = language_model.config
         self.layers = nn.ModuleList(Layer(layer, config) for layer in language_model.layers)
         self.norm, self.head = RMSNorm(language_model.norm), model.lm_head
+        self.entrance: nn.Module = nn.Identity()  # where `rotate.rotated` turns what comes in
         # The model's own rotary module fills the tables, so that every static rope variant comes along.
         positions = torch.arange(config.max_position_embeddings)[None]
         half = config.head_dim // 2  # the other half of a row repeats it
@@ -123,7 +124,7 @@ class Decoder(nn.Module):
         query_seqlens: Tensor | None,  # (B,) i32
         past: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, ...]:
-        x = inputs_embeds
+        x = self.entrance(inputs_embeds)
         lengths = (seqlens_k, total_sequence_length, query_seqlens)
         presents: list[Tensor] = []
         last = len(self.layers) - 1
@@ -167,9 +168,8 @@ def describe(model: LlavaForConditionalGeneration, *, ragged_append: bool) -> De
     )
 
 
-def export_decoder(model: LlavaForConditionalGeneration, spec: DecoderSpec, path: Path) -> None:
+def export_decoder(decoder: Decoder, spec: DecoderSpec, path: Path) -> None:
     """Write ``decoder.onnx`` (beyond `SINGLE_FILE_BYTES` of weights, ``decoder.onnx.data`` beside it too)."""
-    decoder = Decoder(model).eval()
     batch, length, wanted, capacity = Dim("batch"), Dim("length"), Dim("wanted"), Dim("capacity")
     cache = torch.zeros(2, spec.kv_heads, 8, spec.head_size)
     example = {  # sizes above 1, all different: the exporter takes a 1 or an equality for a constant

@@ -4,10 +4,12 @@ What is rewritten are the products with a weight matrix, the head's too; everyth
 what goes in and out stay float32. The recipes are what was measured to be worth it on a CPU (bench/LOG.md):
 
 - fp16: weights rounded to half precision. A CPU computes in float32, so this is half the file, no faster.
-- int8: in the decoder blocks of 64 weights with one scale, rounded to nearest; activations are rounded in
-  the same blocks. In the tower one scale for an output channel, and one for all activations of a product:
-  too coarse for a decoder, twice as fast where hundreds of tokens are multiplied at once. The projector
-  stays float32: its error would go straight into the image's tokens, and it takes next to no time.
+- int8: one scale for an output channel, rounded to nearest, and one for all activations of a product, which
+  multiplies hundreds of tokens more than twice as fast as blocks do. In the decoder that is fine where the
+  activations are tame, once it is rotated (`rotate`); the down projections, whose inputs are not, and the
+  head have blocks of weights with a scale each, and activations rounded in the same blocks. The tower's
+  projector stays float32, as does the rotation of what comes into the decoder: their errors would go
+  straight into the image's tokens, and they take next to no time.
 - int4: the decoder in blocks of 32 weights with scale and zero point fitted by llama.cpp's k-quant search,
   as ONNX Runtime has it; the head, and the packed QKV and down projections of half of the layers, which
   cost quality most, in 8 bits. The tower as in int8.
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +30,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
     DefaultWeightOnlyQuantConfig,
     KQuantWeightOnlyQuantConfig,
     MatMulNBitsQuantizer,
+    WeightOnlyQuantConfig,
 )
 from tokenizers import Tokenizer
 
@@ -41,7 +44,7 @@ from dualfocus.runtime.turns import Turns
 
 LAYER_PRODUCTS = 5  # of a layer, in the graph's order: QKV, attention's output, gate, up, down
 QKV, DOWN = 0, 4
-INT8_BLOCK, INT4_BLOCK = 64, 32
+INT8_DOWN_BLOCK, INT8_HEAD_BLOCK, INT4_BLOCK = 128, 64, 32
 INTEGER_ACTIVATIONS = 4  # MatMulNBits' accuracy level: products in integers, several times as fast as floats
 
 QUESTIONS = (
@@ -52,55 +55,81 @@ QUESTIONS = (
 
 
 def quantize_decoder(source: Path, target: Path, precision: Literal["fp16", "int8", "int4"]) -> None:
-    """Write the float32 graph at `source` with weights of `precision` to `target`."""
+    """Write the float32 graph at `source`, rotated for int8, with weights of `precision` to `target`."""
     model = onnx.load(source)
     if precision == "fp16":
         _halve(model)
+        _save(model, target)
+    elif precision == "int4":
+        in_8_bits = {name: {"bits": 8} for name in _in_8_bits(model)}
+        config = KQuantWeightOnlyQuantConfig(customized_weight_config=in_8_bits)
+        _save(_in_blocks(model, INT4_BLOCK, config, symmetric=False), target)
     else:
-        config = (
-            DefaultWeightOnlyQuantConfig(
-                block_size=INT8_BLOCK, is_symmetric=True, accuracy_level=INTEGER_ACTIVATIONS, bits=8
+        _, *products, head = (node.name for node, _ in _products(model))
+        down = products[DOWN::LAYER_PRODUCTS]
+        for names, block in (down, INT8_DOWN_BLOCK), ([head], INT8_HEAD_BLOCK):
+            config = DefaultWeightOnlyQuantConfig(
+                block_size=block, is_symmetric=True, accuracy_level=INTEGER_ACTIVATIONS, bits=8
             )
-            if precision == "int8"
-            else KQuantWeightOnlyQuantConfig(
-                customized_weight_config={name: {"bits": 8} for name in _in_8_bits(model)}
-            )
-        )
-        quantizer = MatMulNBitsQuantizer(
-            model,
-            block_size=INT8_BLOCK if precision == "int8" else INT4_BLOCK,
-            is_symmetric=precision == "int8",
-            accuracy_level=INTEGER_ACTIVATIONS,
-            algo_config=config,
-        )
-        with contextlib.redirect_stdout(io.StringIO()):  # the library draws a bar of its own
-            quantizer.process()
-        model = quantizer.model.model
-    _save(model, target)
+            model = _in_blocks(model, block, config, symmetric=True, only=names)
+        _by_channel(model, target, sorted({*products} - {*down}))
+
+
+def _in_blocks(
+    model: onnx.ModelProto,
+    block: int,
+    config: WeightOnlyQuantConfig,
+    *,
+    symmetric: bool,
+    only: Sequence[str] | None = None,
+) -> onnx.ModelProto:
+    """`model` with products, all or those called in `only`, as MatMulNBits."""
+    rest = [] if only is None else [node.name for node, _ in _products(model) if node.name not in only]
+    quantizer = MatMulNBitsQuantizer(
+        model,
+        block_size=block,
+        is_symmetric=symmetric,
+        accuracy_level=INTEGER_ACTIVATIONS,
+        nodes_to_exclude=rest,
+        algo_config=config,
+    )
+    with contextlib.redirect_stdout(io.StringIO()):  # the library draws a bar of its own
+        quantizer.process()
+    return quantizer.model.model
+
+
+def _by_channel(model: onnx.ModelProto, target: Path, names: Sequence[str]) -> None:
+    """Write `model` to `target`, the products called `names` with a scale for each output channel.
+
+    What is multiplied in one call shares the range of its activations, and a session on an x86 processor
+    without VNNI needs ``session.x64quantprecision``, which `runtime.onnx` sees to.
+    """
+    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    quantize_dynamic(
+        model,
+        target,
+        op_types_to_quantize=["MatMul"],
+        nodes_to_quantize=names,
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+        use_external_data_format=size / 4 > SINGLE_FILE_BYTES,
+        extra_options={"MatMulConstBOnly": True},
+    )
 
 
 def quantize_vision(source: Path, target: Path, precision: Literal["fp16", "int8", "int4"]) -> None:
     """Write the float32 graph at `source`, its nodes named by optimum, with other weights to `target`.
 
-    Pictures encoded in one call share the range of their activations in 8 bits, and a session on an x86
-    processor without VNNI needs ``session.x64quantprecision``: `runtime.onnx` sees to both.
+    Pictures encoded in one call would share the range of their activations: `runtime.onnx` takes them one
+    by one.
     """
     model = onnx.load(source)
-    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     if precision == "fp16":
         _halve(model)
         _save(model, target)
     else:
-        quantize_dynamic(
-            source,
-            target,
-            op_types_to_quantize=["MatMul"],
-            nodes_to_exclude=[node.name for node in model.graph.node if "/projector/" in node.name],
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            use_external_data_format=size / 4 > SINGLE_FILE_BYTES,
-            extra_options={"MatMulConstBOnly": True},
-        )
+        names = [node.name for node in model.graph.node if node.op_type == "MatMul"]
+        _by_channel(model, target, [name for name in names if "/projector/" not in name])
 
 
 def _save(model: onnx.ModelProto, target: Path) -> None:

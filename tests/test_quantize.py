@@ -10,16 +10,20 @@ import numpy as np
 import onnx
 import pytest
 import tiny
+import torch
 from typer.testing import CliRunner
 
 from dualfocus import cli, kernels
 from dualfocus.bench.scenes import held_out
-from dualfocus.export import export_bundle, quantize
+from dualfocus.export import export_bundle, quantize, random_weights
+from dualfocus.export.decoder import Decoder, describe, export_decoder
+from dualfocus.export.rotate import rotated
 from dualfocus.runtime import Bundle, FocusRunner, PlainRunner
 from dualfocus.runtime.bundle import BUILT_IN
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.image import view, whole
 from dualfocus.runtime.manifest import Precision
+from dualfocus.runtime.onnx import OnnxDecoder, Threads
 from dualfocus.runtime.sequence import embed
 from dualfocus.runtime.turns import Turns
 from dualfocus.train import scenes
@@ -89,13 +93,16 @@ def test_every_product_with_weights_is_rewritten(bundle: Bundle, precision: Prec
     layers = bundle.manifest.decoder.layers
     weights = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
     plain = [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights]
-    assert not plain
+    assert len(plain) == (precision == "int8")  # which rotates what comes in
     products = 5 * layers + 1
     if precision == "fp16":
         assert not bits
         assert sum(node.op_type == "Cast" for node in graph.node) >= products
     elif precision == "int8":
-        assert bits == {8: products}
+        kinds = Counter(node.op_type for node in graph.node)
+        assert bits == {8: layers + 1}  # down projections, and the head
+        assert kinds["MatMulInteger"] == products - bits[8]
+        assert kinds["DynamicQuantizeLinear"] == 3 * layers  # gate and up are given the same
     else:
         # of nano's four layers the last is among the last eighth, and every third before it; and the head
         assert bits == {8: 1 + 2 * sum(i >= 3 or i % 3 == 2 for i in range(layers)), 4: bits[4]}
@@ -204,3 +211,36 @@ def test_an_unknown_precision_is_refused(tmp_path: Path) -> None:
     )
     assert result.exit_code == 2
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_rotated_decoder_computes_the_same(biased: bool, tmp_path: Path) -> None:
+    """And the checkpoint's own weights, which torch computes with, are left as they were."""
+    model = random_weights.random_model(tiny.Shape(heads=6, bias=biased, tied=biased))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    decoder = Decoder(model).eval()
+    turned = rotated(decoder)
+    assert not torch.equal(turned.layers[0].mlp.down_proj.weight, decoder.layers[0].mlp.down_proj.weight)
+    spec = describe(model, ragged_append=True)
+    export_decoder(turned, spec, tmp_path / "decoder.onnx")
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+    embeddings = np.random.default_rng(0).standard_normal((9, spec.hidden)).astype(np.float32)
+    found = OnnxDecoder(tmp_path / "decoder.onnx", spec, Threads(1)).extend(
+        KVCache(spec, 1, 9), [0], [embeddings], [range(9)]
+    )
+    with torch.no_grad():
+        told = model(inputs_embeds=torch.from_numpy(embeddings)[None]).logits[0].numpy()
+    np.testing.assert_allclose(found[0], told, atol=1e-4 * np.abs(told).max())
+
+
+def test_a_rotation_spreads_outliers() -> None:
+    """What 8-bit products read: of a normed stream with one channel a hundred times the others."""
+    model = random_weights.random_model(tiny.Shape())
+    stream = torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
+    stream[:, 5] *= 100
+    with torch.no_grad():
+        turned = rotated(Decoder(model)).entrance(stream)
+    peaks = [(x / x.square().mean(-1, keepdim=True).sqrt()).abs().max() for x in (stream, turned)]
+    assert peaks[0] > 7.9  # of at most 8: all of a row is in one channel
+    assert peaks[1] < 4

@@ -377,7 +377,10 @@ def bench_peers(
     folder: Annotated[
         Path, typer.Option(metavar="DIR", help="Where the peers' model files are kept, for the next time.")
     ] = Path("build/peers"),
-    rounds: Annotated[int, typer.Option(metavar="N", min=2, help="How often each part is timed.")] = 5,
+    rounds: Annotated[
+        int,
+        typer.Option(metavar="N", min=2, help="How often each part is timed; questions a third as often."),
+    ] = 9,
     precision: Annotated[
         Literal["fp32", "bf16", "int8", "int4"] | None,
         typer.Option(help="Only the rows of one precision  [default: all]"),

@@ -101,12 +101,10 @@ class OnnxVisionEncoder:
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of the decoder's graph: its `inputs` by name and its `logits`, (B, K, vocabulary), are bound."""
+    """A call of the decoder's graph: its `inputs` by name are bound, and the cache."""
 
     binding: Any
     inputs: dict[str, npt.NDArray[Any]]
-    logits: Floats
-    is_step: bool
 
 
 class OnnxDecoder:
@@ -172,33 +170,37 @@ class OnnxDecoder:
         first, stop = min(rows), max(rows) + 1
         batch, longest, wanted = stop - first, max(map(len, embeddings)), max(map(len, logits_at))
         call = self._call(cache, first, stop, longest, wanted)
-        new = np.zeros(batch, np.int32)
+        # lists, not arrays: while the graph ran, its weights drove NumPy's code out of the processor's caches
+        new, lengths = [0] * batch, [0] * batch
         for row, chunk, positions in zip(rows, embeddings, logits_at, strict=True):
             assert len(chunk), "nothing to append"
             call.inputs["inputs_embeds"][row - first, : len(chunk)] = chunk
-            call.inputs["logits_at"][row - first, : len(positions)] = positions
+            if longest > 1:  # a step's are all 0, as they were made
+                call.inputs["logits_at"][row - first, : len(positions)] = positions
             new[row - first] = len(chunk)
-        lengths = np.where(new > 0, cache.lengths[first:stop] + new, 0)
-        longest_row = lengths.max()
+            lengths[row - first] = cache.lengths[row] + len(chunk)
+        longest_row = max(lengths)
         assert longest_row <= cache.capacity, f"{longest_row} tokens in a row of {cache.capacity}"
-        call.inputs["seqlens_k"][:] = np.maximum(lengths, 1) - 1
+        call.inputs["seqlens_k"][:] = [max(length - 1, 0) for length in lengths]
         call.inputs["total_sequence_length"][...] = longest_row
         if self._spec.ragged_append:
             call.inputs["query_seqlens"][:] = new
+        logits = np.empty((batch, wanted, self._spec.vocabulary), np.float32)
+        _bind(call.binding.bind_output, "logits", logits)
 
         self._session.run_with_iobinding(call.binding)
         for row, chunk in zip(rows, embeddings, strict=True):
             cache.lengths[row] += len(chunk)
-        if batch == 1 and not call.is_step:
-            return [call.logits[0]]
-        # copies, so that a row's logits keep neither those of the whole call nor a memory that is used again
-        return [call.logits[row - first, : len(of)].copy() for row, of in zip(rows, logits_at, strict=True)]
+        if batch == 1:
+            return [logits[0]]
+        # copies, so that a row's logits do not keep those of the whole call
+        return [logits[row - first, : len(of)].copy() for row, of in zip(rows, logits_at, strict=True)]
 
     def _call(self, cache: KVCache, first: int, stop: int, longest: int, wanted: int) -> _Call:
-        """Memory for a call's arguments, bound beside rows of `cache`.
+        """Memory for a call's inputs, bound beside rows of `cache`.
 
         The rows are bound as past and as present once for all calls: their memory stays in place. So are
-        the arguments of a step, one token a row, which come again and again.
+        the inputs of a step, one token a row, which come again and again.
         """
         is_step = longest == wanted == 1
         kept = self._calls.setdefault(cache, {})
@@ -221,16 +223,11 @@ class OnnxDecoder:
         }
         if self._spec.ragged_append:
             inputs["query_seqlens"] = np.zeros(batch, np.int32)
-        logits = np.empty((batch, wanted, self._spec.vocabulary), np.float32)
         for name, array in inputs.items():
             _bind(binding.bind_input, name, array)
-        _bind(binding.bind_output, "logits", logits)
-        call = _Call(binding, inputs, logits, is_step)
-        # of other calls the binding alone: their memory is not to outlive them
-        kept[first, stop, is_step] = (
-            call if is_step else _Call(binding, {}, np.empty((0, 0, 0), np.float32), False)
-        )
-        return call
+        # of other calls the binding alone is kept: their memory is not to outlive them
+        kept[first, stop, is_step] = _Call(binding, inputs if is_step else {})
+        return _Call(binding, inputs)
 
 
 def _bind(bind: Any, name: str, array: npt.NDArray[Any]) -> None:

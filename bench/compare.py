@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 CONDITIONS = ("processor", "cores", "isa", "governor", "memory", "threads", "spin", "environment", "system")
+NAMES = ("peer", "precision", "part", "ours")  # what tells rows of a list from each other
 SKIPPED = ("schema", "machine", "timeline", "rounds", "share")  # not measured, or parts of what is
 
 
@@ -62,6 +63,10 @@ def _figures(value: Any, name: str = "") -> Iterator[tuple[str, Mapping[str, flo
             ours = timed and key in ("median", "low", "high", "p5", "p95")
             if not ours and key not in SKIPPED:
                 yield from _figures(of, f"{name} / {key}" if name else key)
+    elif isinstance(value, list):
+        for i, of in enumerate(value):
+            told = [of[key] for key in NAMES if key in of] if isinstance(of, Mapping) else []
+            yield from _figures(of, f"{name} / {' '.join(told) or i}")
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield name, {"median": value}
 

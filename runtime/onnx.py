@@ -170,6 +170,8 @@ class OnnxDecoder:
         first, stop = min(rows), max(rows) + 1
         batch, longest, wanted = stop - first, max(map(len, embeddings)), max(map(len, logits_at))
         call = self._call(cache, first, stop, longest, wanted)
+        if len(rows) < batch:  # in 8 bits, all rows share the range of their activations: nothing stale in it
+            call.inputs["inputs_embeds"][:] = 0
         # lists, not arrays: while the graph ran, its weights drove NumPy's code out of the processor's caches
         new, lengths = [0] * batch, [0] * batch
         for row, chunk, positions in zip(rows, embeddings, logits_at, strict=True):

@@ -68,6 +68,18 @@ def test_rows_are_compared_by_their_medians_and_quartiles(old: dict[str, Any], n
     assert compare.run(touching | {"x": 0}, touching | {"x": 3})["rows"]["x"]["ratio"] is None
 
 
+def test_rows_of_a_list_go_by_their_names(old: dict[str, Any]) -> None:
+    rows = [
+        {"peer": peer, "precision": "int8", "decode": timing(ms, 0)} for peer, ms in (("a", 2.0), ("b", 3.0))
+    ]
+    before = old | {"rows": rows, "plain": [1, 2]}
+    after = old | {"rows": [{**rows[1], "decode": timing(6.0, 0)}, rows[0]], "plain": [1, 3]}
+    ratios = {name: row["ratio"] for name, row in compare.run(before, after)["rows"].items()}
+    assert ratios["rows / a int8 / decode"] == 1
+    assert ratios["rows / b int8 / decode"] == 2
+    assert ratios["plain / 1"] == 1.5
+
+
 def test_what_was_not_the_same_is_said(old: dict[str, Any], new: dict[str, Any], tmp_path: Path) -> None:
     new["bundle"], new["machine"]["threads"], new["machine"]["processor"] = "edge", 1, "another"
     new["machine"]["load"] = [9, 9, 9]  # which nobody expects to be the same

@@ -213,6 +213,23 @@ def test_an_unknown_precision_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
+def test_an_idle_row_holds_nothing_stale(bundle: Bundle) -> None:
+    """What a row between two others computed before does not change what they are told."""
+    spec = bundle.manifest.decoder
+    random = np.random.default_rng(0)
+    embeddings = random.standard_normal((3, 1, spec.hidden)).astype(np.float32)
+
+    def outer_rows(before: float) -> list[np.ndarray]:
+        cache = KVCache(spec, 3, 8)
+        bundle.decoder.extend(cache, [0, 1, 2], [before * embeddings[0]] * 3, [[0]] * 3)
+        for row in range(3):
+            cache.truncate(row, 0)
+        return bundle.decoder.extend(cache, [0, 2], [embeddings[1], embeddings[2]], [[0], [0]])
+
+    for first, second in zip(outer_rows(1), outer_rows(1000), strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_rotated_decoder_computes_the_same(biased: bool, tmp_path: Path) -> None:
     """And the checkpoint's own weights, which torch computes with, are left as they were."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 COLOURS = dict(zip(PRECISIONS, ("#4477aa", "#66ccee", "#228833", "#ccbb44"), strict=True))
+
+WANTED_OF = "edge"  # the shape that figures are wanted of
+VERDICTS = {None: "not measured", True: "met", False: "missed"}
 
 
 def show(result: Mapping[str, Any], console: Console) -> None:
@@ -40,7 +43,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     )
     _print_table(
         console,
-        "wanted of the shape `edge`: how many times as long the other takes",
+        f"wanted of the shape `{WANTED_OF}`: how many times as long the other takes",
         ("", "ours", "other", "wanted", "found", ""),
         (
             [
@@ -49,7 +52,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
                 target["other"],
                 target["wanted"],
                 _number(target["value"]),
-                {None: "not measured", True: "met", False: "missed"}[target["met"]],
+                VERDICTS[target["met"]],
             ]
             for target in result["wanted"]
         ),
@@ -111,7 +114,10 @@ def _show_quality(rows: Iterable[Mapping[str, Any]], console: Console) -> None:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The result as README's tables: every part of every row, what is wanted, and quality if there is any."""
+    """The result as README's tables: of random weights every part of every row and what is wanted, of a
+    checkpoint what the precisions cost in quality."""
+    if result["quality"] is not None:
+        return "\n".join(_quality_lines(result["quality"]))
     machine, peers = result["machine"], result["peers"]
     versions = [
         f"{package} {version}" for peer in peers.values() for package, version in peer["versions"].items()
@@ -128,21 +134,23 @@ def markdown(result: Mapping[str, Any]) -> str:
         cells = [_cell(parts.get(part, row)) for part in COLUMNS]
         lines.append(f"| {row['peer']} {row['precision']} | {' | '.join(cells)} |")
     lines += ["", *_reasons(result)]
-    if any(target["met"] is not None for target in result["wanted"]):
+    if result["bundle"] == WANTED_OF:
         lines += ["", "| times as long as ours | the other | wanted | found |", "|---|---|---|---|"]
-    for target in result["wanted"]:
-        if target["met"] is not None:
-            found = _number(target["value"]) if target["met"] else f"**{_number(target['value'])}**, missed"
+        for target in result["wanted"]:
+            found = VERDICTS[target["met"]] if target["value"] is None else f"{target['value']:.2f}"
+            told = f"{target['part']}, {target['ours']}", target["other"], target["wanted"][3:]
             lines.append(
-                f"| {target['part']}, ours {target['ours']} | {target['other']} | {target['wanted'][3:]} | "
-                f"{found} |"
+                f"| {' | '.join(told)} | {f'**{found}**, missed' if target['met'] is False else found} |"
             )
-    if result["quality"] is not None:
-        lines += ["", "| | right, % | KL | same best token, % | vision error, % |", "|---|---|---|---|---|"]
-    for row in result["quality"] or ():
-        cells = [f"cannot: {row['cannot']}"] if "cannot" in row else _quality_cells(row)
-        lines.append(f"| {row['peer']} {row['precision']} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _quality_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    yield "| | right, % | KL | same best token, % | vision error, % |"
+    yield "|---|---|---|---|---|"
+    for row in rows:
+        cells = [f"cannot: {row['cannot']}"] if "cannot" in row else _quality_cells(row)
+        yield f"| {row['peer']} {row['precision']} | {' | '.join(cells)} |"
 
 
 COLUMNS = {

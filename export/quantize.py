@@ -21,16 +21,14 @@ import contextlib
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import (
-    DefaultWeightOnlyQuantConfig,
     KQuantWeightOnlyQuantConfig,
     MatMulNBitsQuantizer,
-    WeightOnlyQuantConfig,
 )
 from tokenizers import Tokenizer
 
@@ -63,36 +61,20 @@ def quantize_decoder(source: Path, target: Path, precision: Literal["fp16", "int
     elif precision == "int4":
         in_8_bits = {name: {"bits": 8} for name in _in_8_bits(model)}
         config = KQuantWeightOnlyQuantConfig(customized_weight_config=in_8_bits)
-        _save(_in_blocks(model, INT4_BLOCK, config, symmetric=False), target)
+        _save(_in_blocks(model, block_size=INT4_BLOCK, algo_config=config), target)
     else:
-        _, *products, head = (node.name for node, _ in _products(model))
+        entrance, *products, head = (node.name for node, _ in _products(model))
+        assert len(products) % LAYER_PRODUCTS == 0, "not a rotated graph of export.decoder's"
         down = products[DOWN::LAYER_PRODUCTS]
         for names, block in (down, INT8_DOWN_BLOCK), ([head], INT8_HEAD_BLOCK):
-            config = DefaultWeightOnlyQuantConfig(
-                block_size=block, is_symmetric=True, accuracy_level=INTEGER_ACTIVATIONS, bits=8
-            )
-            model = _in_blocks(model, block, config, symmetric=True, only=names)
+            rest = {entrance, *products, head} - {*names}
+            model = _in_blocks(model, bits=8, block_size=block, is_symmetric=True, nodes_to_exclude=rest)
         _by_channel(model, target, sorted({*products} - {*down}))
 
 
-def _in_blocks(
-    model: onnx.ModelProto,
-    block: int,
-    config: WeightOnlyQuantConfig,
-    *,
-    symmetric: bool,
-    only: Sequence[str] | None = None,
-) -> onnx.ModelProto:
-    """`model` with products, all or those called in `only`, as MatMulNBits."""
-    rest = [] if only is None else [node.name for node, _ in _products(model) if node.name not in only]
-    quantizer = MatMulNBitsQuantizer(
-        model,
-        block_size=block,
-        is_symmetric=symmetric,
-        accuracy_level=INTEGER_ACTIVATIONS,
-        nodes_to_exclude=rest,
-        algo_config=config,
-    )
+def _in_blocks(model: onnx.ModelProto, **options: Any) -> onnx.ModelProto:
+    """`model` with its products as MatMulNBits, as the quantizer's `options` say."""
+    quantizer = MatMulNBitsQuantizer(model, accuracy_level=INTEGER_ACTIVATIONS, **options)
     with contextlib.redirect_stdout(io.StringIO()):  # the library draws a bar of its own
         quantizer.process()
     return quantizer.model.model
@@ -104,7 +86,6 @@ def _by_channel(model: onnx.ModelProto, target: Path, names: Sequence[str]) -> N
     What is multiplied in one call shares the range of its activations, and a session on an x86 processor
     without VNNI needs ``session.x64quantprecision``, which `runtime.onnx` sees to.
     """
-    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     quantize_dynamic(
         model,
         target,
@@ -112,7 +93,7 @@ def _by_channel(model: onnx.ModelProto, target: Path, names: Sequence[str]) -> N
         nodes_to_quantize=names,
         per_channel=True,
         weight_type=QuantType.QInt8,
-        use_external_data_format=size / 4 > SINGLE_FILE_BYTES,
+        use_external_data_format=_weights(model) / 4 > SINGLE_FILE_BYTES,
         extra_options={"MatMulConstBOnly": True},
     )
 
@@ -133,8 +114,13 @@ def quantize_vision(source: Path, target: Path, precision: Literal["fp16", "int8
 
 
 def _save(model: onnx.ModelProto, target: Path) -> None:
-    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
-    onnx.save(model, target, save_as_external_data=size > SINGLE_FILE_BYTES, location=f"{target.name}.data")
+    beside = _weights(model) > SINGLE_FILE_BYTES
+    onnx.save(model, target, save_as_external_data=beside, location=f"{target.name}.data")
+
+
+def _weights(model: onnx.ModelProto) -> int:
+    """Bytes."""
+    return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
 
 
 def _products(model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, onnx.TensorProto]]:

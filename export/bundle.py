@@ -93,7 +93,7 @@ def export_bundle(
             with _quiet():
                 quantize.quantize_vision(exact / "vision.onnx", folder / "vision.onnx", precision)
                 quantize.quantize_decoder(exact / "decoder.onnx", folder / "decoder.onnx", precision)
-            for line in quantize.errors(exact, folder, manifest, loaded.tokenizer, seed=seed):
+            for line in quantize.errors(exact, folder, manifest, loaded.tokenizer):
                 progress(line)
         manifest = dataclasses.replace(manifest, files=_entries(folder))
         (folder / "manifest.json").write_text(

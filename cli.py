@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from dualfocus.bench.harness import Watch
+    from dualfocus.export.shapes import Shape
     from dualfocus.runtime import FocusResult
     from dualfocus.runtime.geometry import Box
     from dualfocus.runtime.manifest import Manifest
@@ -143,8 +144,14 @@ def ask(
 def export(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="BUNDLE", help="Folder to write.")],
     checkpoint: Annotated[
-        Path | None,
-        typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face LLaVA checkpoint."),
+        str | None,
+        typer.Argument(
+            metavar="CHECKPOINT", help="Folder of a checkpoint, or its id on the Hugging Face Hub."
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(metavar="REV", help="Branch, tag or commit of that id  [default: main]"),
     ] = None,
     random: Annotated[
         str | None,
@@ -156,14 +163,20 @@ def export(
     ] = "fp32",
 ) -> None:
     """Export a checkpoint as a bundle."""
-    from dualfocus.export import ExportError, export_bundle, shapes
+    from dualfocus.export import ExportError, export_bundle, hub, shapes
 
     with _errors():
         try:
             if checkpoint is not None and random is not None:
                 raise ExportError("both a CHECKPOINT and --random SHAPE were given, expected one of them")
-            source = checkpoint if random is None else shapes.named(random)
-            if source is None:
+            if random is not None and revision is not None:
+                raise ExportError("--revision was given with --random SHAPE, expected it with a CHECKPOINT")
+            source: Path | Shape
+            if random is not None:
+                source = shapes.named(random)
+            elif checkpoint is not None:
+                source, _ = hub.fetch(checkpoint, revision)
+            else:
                 raise ExportError("nothing to export was given, expected a CHECKPOINT or --random SHAPE")
             export_bundle(source, out, precision=precision)
         except ExportError as error:

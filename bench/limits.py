@@ -256,7 +256,7 @@ class Engines:
         self.prefill = min(PREFILL, spec.context)
         random = np.random.default_rng(0)
         tokens = random.integers(0, spec.vocabulary, max(self.past, self.prefill))
-        self._embeddings: Floats = np.asarray(bundle.embeddings[tokens])
+        self._embeddings: Floats = np.asarray(bundle.embeddings[tokens], np.float32)
         self._pixels = random.standard_normal((2, 3, image.size, image.size)).astype(np.float32)
         self._cache = KVCache(spec, rows=2, capacity=spec.context)
         for row in (0, 1):

@@ -1,14 +1,15 @@
 """`export_bundle`: checkpoint folder, or random weights -> bundle folder, complete or not at all.
 
-Everything is written into a hidden folder beside the target, its manifest last, and only a bundle
-whose graphs agreed with torch is renamed into place. An interrupted export leaves a hidden folder
-without a manifest, which nothing opens.
+Everything is written into a hidden folder beside the target, its manifest last, and only a bundle whose
+graphs agreed with torch is renamed into place. An interrupted export leaves that folder, without a manifest,
+so that nothing opens it; it can be resumed behind the last layer that was finished (`stream`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import logging
@@ -19,11 +20,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-
 from dualfocus.export.errors import ExportError
 from dualfocus.export.shapes import Shape
-from dualfocus.runtime.manifest import FileEntry, Manifest, Precision
+from dualfocus.runtime.manifest import CoordinateSpace, FileEntry, Manifest, Precision
 
 
 def export_bundle(
@@ -32,28 +31,30 @@ def export_bundle(
     *,
     precision: Precision = "fp32",
     ragged_append: bool = True,
+    coordinates: CoordinateSpace | None = None,
+    vision_tower: str | None = None,
+    revision: str | None = None,
+    resume: bool = False,
     progress: Callable[[str], None] = print,
+    watch: Callable[[str, int, int], object] = lambda *_: None,
 ) -> Manifest:
-    """Export the Hugging Face LLaVA checkpoint in the folder `checkpoint` as the bundle `out`.
+    """Export the LLaVA checkpoint in the folder `checkpoint` as the bundle `out`.
 
     Given a `Shape`, its model of random weights instead, which is never written as a checkpoint.
 
-    A bundle already at `out` is replaced; any other non-empty folder is left alone. Weights of another
-    `precision` than float32 are made by `quantize`, from graphs that agreed with torch before.
-    `ragged_append` gives the decoder the input that ONNX Runtime before 1.32 does not know. `progress`
-    gets one line per stage, per comparison with torch, and per error that quantising made. Raises
-    ExportError: `out` is no place for a bundle, the checkpoint is of another kind or incomplete, or a
-    graph differs from torch beyond tolerance.
+    A bundle already at `out` is replaced; any other non-empty folder is left alone. `ragged_append` gives the
+    decoder the input that ONNX Runtime before 1.32 does not know. `coordinates` and `vision_tower` override
+    what the checkpoint says (`checkpoint.describe`, `checkpoint.load`); `revision` is noted. With `resume`,
+    an export to `out` that was interrupted goes on, if there is one. `progress` gets one line per comparison
+    with torch, and what fewer bits changed; `watch` what is done next, how many weights are done, and of how
+    many. Raises ExportError: `out` is no place for a bundle or too small for it, the checkpoint is of another
+    kind or incomplete, another one's export is to be resumed, or a graph differs from torch beyond tolerance.
     """
     _check_target(out)
     try:
         from dualfocus.export import checkpoint as checkpoints
-        from dualfocus.export import quantize
-        from dualfocus.export.decoder import Decoder, export_decoder
         from dualfocus.export.random_weights import random_checkpoint
-        from dualfocus.export.rotate import rotated
-        from dualfocus.export.verify import verify
-        from dualfocus.export.vision import export_vision
+        from dualfocus.export.stream import Export
     except ModuleNotFoundError as error:
         raise ExportError(f"export needs {error.name}: pip install 'dualfocus[export,cpu]'") from error
     with _quiet():
@@ -61,45 +62,27 @@ def export_bundle(
             progress(f"random weights of shape {checkpoint.name}")
             loaded = random_checkpoint(checkpoint)
         else:
-            loaded = checkpoints.load(checkpoint)
-    manifest = checkpoints.describe(loaded, ragged_append=ragged_append, precision=precision)
+            loaded = checkpoints.load(checkpoint, vision_tower)
+    manifest = checkpoints.describe(
+        loaded, ragged_append=ragged_append, precision=precision, coordinates=coordinates, revision=revision
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _folder_beside(out) as folder, _folder_beside(out) as spare:
-        exact = folder if precision == "fp32" else spare
-        with _quiet():
-            progress("vision.onnx")
-            export_vision(loaded.model, exact / "vision.onnx")
-            progress("decoder.onnx")
-            decoder = Decoder(loaded.model).eval()
-            export_decoder(
-                rotated(decoder) if precision == "int8" else decoder,
-                manifest.decoder,
-                exact / "decoder.onnx",
-            )
-        embeddings = loaded.model.get_input_embeddings().weight.detach().numpy()
-        np.save(folder / "embeddings.npy", np.ascontiguousarray(embeddings, np.float32))
-        loaded.tokenizer.save(str(folder / "tokenizer.json"))
-        seed = int.from_bytes(os.urandom(4))
-        progress(f"comparing with torch, seed {seed}")
-        for difference in verify(loaded.model, exact, manifest, seed=seed):
-            progress(str(difference))
-            if not difference.ok:
-                raise ExportError(
-                    f"{difference.what}: the exported graph is {difference.max_abs:.2g} away from torch, "
-                    f"expected at most {difference.allowed:.2g}"
-                )
-        if precision != "fp32":
-            progress(f"quantising to {precision}")
+    folder = out.parent / f".{out.name}.partial"
+    export = Export(loaded, manifest, folder, progress, watch)
+    _check_room(folder, export.needs())
+    with _claimed(folder):
+        export.begin(resume=resume)
+        try:
             with _quiet():
-                quantize.quantize_vision(exact / "vision.onnx", folder / "vision.onnx", precision)
-                quantize.quantize_decoder(exact / "decoder.onnx", folder / "decoder.onnx", precision)
-            for line in quantize.errors(exact, folder, manifest, loaded.tokenizer):
-                progress(line)
-        manifest = dataclasses.replace(manifest, files=_entries(folder))
-        (folder / "manifest.json").write_text(
-            json.dumps(manifest.to_dict(), indent=2) + "\n", encoding="utf-8"
-        )
-        _move_into_place(folder, out)
+                export.run()
+            manifest = dataclasses.replace(manifest, files=_entries(folder))
+            (folder / "manifest.json").write_text(
+                json.dumps(manifest.to_dict(), indent=2) + "\n", encoding="utf-8"
+            )
+            _move_into_place(folder, out)
+        except Exception:  # what interrupts is none: that can go on
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     return manifest
 
 
@@ -111,12 +94,36 @@ def _check_target(out: Path) -> None:
         raise ExportError(f"{out} is a file, expected a bundle or nothing")
 
 
+def _check_room(folder: Path, needed: int) -> None:
+    """Raise ExportError if the disk has no room; what an earlier attempt left in `folder` makes some."""
+    left = sum(path.stat().st_size for path in folder.rglob("*")) if folder.is_dir() else 0
+    free = shutil.disk_usage(folder.parent).free
+    if free + left < needed:
+        raise ExportError(
+            f"{folder.parent} has room for {free / 1e9:.1f} GB, this export takes {needed / 1e9:.1f}"
+        )
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Make `folder`, which no other process may export to meanwhile."""
+    folder.mkdir(exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ExportError(f"another export writes to {folder} already") from None
+    else:
+        yield
+    finally:
+        os.close(handle)
+
+
 @contextlib.contextmanager
 def _folder_beside(out: Path) -> Iterator[Path]:
-    """A hidden folder on `out`'s file system, so that a rename can move it; gone afterwards."""
+    """A hidden folder on `out`'s file system, so that a rename can move into it; gone afterwards."""
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        folder.chmod(0o755)  # mkdtemp's 0700 would stay with the bundle
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

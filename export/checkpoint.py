@@ -1,111 +1,361 @@
-"""A Hugging Face LLaVA checkpoint folder -> torch model, tokenizer and the manifest's facts.
+"""A checkpoint folder -> configuration, weights to be read, tokenizer and the manifest's facts.
 
-What is read: ``config.json`` and the weights (`LlavaForConditionalGeneration`, any vision tower that
-AutoModel knows, llama decoder), the fast tokenizer, ``preprocessor_config.json``, and, where the
-folder has one, ``dualfocus.json``, in which a checkpoint declares what no Hugging Face file says::
+Two kinds of folder are read. Hugging Face's, `LlavaForConditionalGeneration`: any vision tower that AutoModel
+knows, a decoder of `decoder.KINDS`, names of tensors as transformers writes them before and since 4.52. And
+the original LLaVA's and DualFocus's, `LlavaLlamaForCausalLM`: their tower is in the shards, or in a folder or
+Hub repository of its own, which the configuration names. Both with safetensors or PyTorch's ``.bin`` files.
+
+A folder may have ``dualfocus.json``, in which a checkpoint declares what no other file says::
 
     name            str   default: the folder's name
-    prompts         dict  any of `Prompts`' fields; the others stay the DualFocus table's
+    prompts         dict  any of `Prompts`' fields; the others stay those of `turns`' table
     coordinates     "original" | "padded" | "model"   default: "original", as DualFocus was trained
     box             dict (`BoxFormat`) | null         default: DualFocus's; null for "model" coordinates
     select          "reference" | "answer"            default: "reference"
     max_new_tokens  int                               default: 128
-    fit             "pad" | "crop"                    default: what the preprocessor does
+    fit             "pad" | "crop" | "stretch"        default: what the preprocessor does
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, LlavaForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PretrainedConfig,
+)
+from transformers.modeling_utils import no_init_weights
 
 import dualfocus.export.nano_tower  # noqa: F401  registers the built-in model's tower with AutoModel
 from dualfocus import __version__
-from dualfocus.export import decoder
+from dualfocus.export import decoder, hub
 from dualfocus.export.errors import ExportError
+from dualfocus.export.weights import Renames, StoredWeights, Weights, first_line, read_json
 from dualfocus.runtime.errors import BundleError
-from dualfocus.runtime.manifest import FORMAT_VERSION, BoxFormat, Manifest, Precision, TokenSpec
-from dualfocus.runtime.turns import DUALFOCUS
+from dualfocus.runtime.manifest import (
+    FORMAT_VERSION,
+    BoxFormat,
+    CoordinateSpace,
+    Manifest,
+    Precision,
+    TokenSpec,
+)
+from dualfocus.runtime.turns import CHATML, DUALFOCUS
 
-DEFAULTS = {"coordinates": "original", "select": "reference", "max_new_tokens": 128}
+DEFAULTS = {"select": "reference", "max_new_tokens": 128}
 BICUBIC = 3  # Pillow's number for it, which preprocessor files use
+EMBEDDINGS, HEAD, NORM = (
+    "model.language_model.embed_tokens.weight",
+    "lm_head.weight",
+    "model.language_model.norm.weight",
+)
+
+# Hugging Face's names before 4.52 -> since then; the newer ones match none of them
+HUGGING_FACE: Renames = (
+    (r"language_model\.model\.", "model.language_model."),
+    (r"language_model\.lm_head\.", "lm_head."),
+    (r"vision_tower\.", "model.vision_tower."),
+    (r"multi_modal_projector\.", "model.multi_modal_projector."),
+)
+ORIGINAL: Renames = (
+    (r"model\.vision_tower\.vision_tower\.", "model.vision_tower."),
+    (r"model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
+    (r"model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
+    (r"model\.(?=layers\.|embed_tokens\.|norm\.)", "model.language_model."),
+)
+TOWER: Renames = ((r"vision_model\.", "model.vision_tower.vision_model."),)
+
+# The tower of all published LLaVA-1.5 and DualFocus checkpoints, which may be in the shards and nowhere else.
+KNOWN_TOWER = "openai/clip-vit-large-patch14-336"
+KNOWN_TOWER_CONFIG = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+KNOWN_TOWER_PROCESSOR = {
+    "crop_size": 336,
+    "do_center_crop": True,
+    "do_normalize": True,
+    "do_resize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "resample": BICUBIC,
+    "size": 336,
+}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in memory: float32 model in evaluation mode, tokenizer, and what the folder declares."""
+    """A checkpoint: what it says of itself, and its weights, still on disk."""
 
-    name: str  # the folder's
-    model: LlavaForConditionalGeneration
+    name: str
+    config: LlavaConfig
+    weights: Weights
     tokenizer: Tokenizer
     tokens: TokenSpec
     preprocessor: dict[str, Any]
-    declared: dict[str, Any]
+    declared: dict[str, Any] | None  # what dualfocus.json says, if there is one
+    architecture: str
 
+    @cached_property
+    def skeleton(self) -> LlavaForConditionalGeneration:
+        """transformers' model without memory: names, shapes, and what is tied to what."""
+        with torch.device("meta"):
+            return LlavaForConditionalGeneration(self.config).eval()
 
-def load(folder: Path) -> Checkpoint:
-    """Read the checkpoint in `folder`. Raises ExportError where it is none, or one of another kind."""
-    config = _read_json(folder / "config.json", f"{folder} is not a checkpoint folder")
-    architectures = config.get("architectures") or ["none"]
-    if architectures[0] != "LlavaForConditionalGeneration":
-        raise ExportError(
-            f"{folder} holds the architecture {architectures[0]}, expected LlavaForConditionalGeneration"
+    @property
+    def tied(self) -> bool:
+        """Whether one table embeds tokens and scores them."""
+        return self.skeleton.lm_head.weight is self.skeleton.get_input_embeddings().weight
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tensors that the model needs, in its order."""
+        return [
+            name
+            for name, tensor in self.skeleton.state_dict().items()
+            if tensor.is_floating_point() and not (name == HEAD and self.tied)
+        ]
+
+    @cached_property
+    def model(self) -> LlavaForConditionalGeneration:
+        """All of it in memory as transformers runs it, float32. Other runtimes are compared with it."""
+        with no_init_weights():
+            model = LlavaForConditionalGeneration(self.config).eval()
+        tensors = {name: self.weights.read(name) for name in self.names}
+        model.load_state_dict(tensors, strict=False, assign=True)
+        model.tie_weights()
+        model.generation_config = GenerationConfig(
+            bos_token_id=self.tokens.bos, eos_token_id=list(self.tokens.eos)
         )
-    text_type = config.get("text_config", {}).get("model_type", "llama")
-    if text_type != "llama":  # before the weights are read, which takes minutes for a large model
-        raise ExportError(f"the language model is of type {text_type!r}, expected 'llama'")
-    preprocessor = _read_json(folder / "preprocessor_config.json", f"{folder} lacks its image processor")
-    declared = {}
+        return model
+
+
+def load(folder: Path, vision_tower: str | None = None) -> Checkpoint:
+    """Read all but the weights of the checkpoint in `folder`, and see that these are there.
+
+    `vision_tower`, a folder or a Hub id, replaces the one that an original checkpoint names. Raises
+    ExportError where there is no checkpoint, one of another kind, or one that lacks something.
+    """
+    raw = read_json(folder / "config.json", f"{folder} is not a checkpoint folder")
+    architecture = (raw.get("architectures") or ["none"])[0]
+    if architecture == "LlavaForConditionalGeneration":
+        if vision_tower is not None:
+            raise ExportError(f"{folder} has its vision tower inside, so --vision-tower cannot be given")
+        config, sources, preprocessor = _hugging_face(folder, raw)
+    elif architecture == "LlavaLlamaForCausalLM":
+        config, sources, preprocessor = _original(folder, raw, vision_tower)
+    else:
+        raise ExportError(
+            f"{folder} holds the architecture {architecture}, expected LlavaForConditionalGeneration "
+            "or LlavaLlamaForCausalLM"
+        )
+    if config.text_config.model_type not in decoder.KINDS:
+        raise ExportError(
+            f"the language model is of type {config.text_config.model_type!r}, "
+            f"expected one of {', '.join(decoder.KINDS)}"
+        )
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = torch.float32  # in which all of it is computed, whatever it is stored in
+    declared = None
     if (folder / "dualfocus.json").exists():
-        declared = _read_json(folder / "dualfocus.json", "")
+        declared = read_json(folder / "dualfocus.json", "")
     tokenizer, bos, eos = _load_tokenizer(folder)
-    model = _load_model(folder)
-    ends = model.generation_config.eos_token_id
-    ends = eos if ends is None else ends
-    ends = [ends] if isinstance(ends, int) else ends
-    if not ends:
-        raise ExportError(f"{folder} names no end-of-sequence token")
-    rows, highest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
+    tokens = TokenSpec(bos, _ends(folder, config, eos))
+    checkpoint = Checkpoint(
+        folder.resolve().name,
+        config,
+        StoredWeights(sources),
+        tokenizer,
+        tokens,
+        preprocessor,
+        declared,
+        architecture,
+    )
+    _check_weights(folder, checkpoint)
+    rows, highest = config.text_config.vocab_size, max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise ExportError(f"the tokenizer gives ids up to {highest}, the model knows {rows} tokens")
-    return Checkpoint(
-        folder.resolve().name, model, tokenizer, TokenSpec(bos, tuple(ends)), preprocessor, declared
+    return checkpoint
+
+
+_Parts = tuple[LlavaConfig, list[tuple[Path, Renames]], dict[str, Any]]
+
+
+def _hugging_face(folder: Path, raw: dict[str, Any]) -> _Parts:
+    path = folder / "preprocessor_config.json"
+    if not path.exists() and (folder / "processor_config.json").exists():  # since transformers 5
+        preprocessor = read_json(folder / "processor_config.json", "").get("image_processor")
+        if not isinstance(preprocessor, dict):
+            raise ExportError(f"{folder / 'processor_config.json'} describes no image processor")
+    else:
+        preprocessor = read_json(path, f"{folder} lacks its image processor")
+    try:
+        config = LlavaConfig.from_dict(raw)
+    except Exception as error:  # whatever a type or a value that transformers does not know makes it raise
+        raise ExportError(f"{folder / 'config.json'} describes no model: {first_line(error)}") from None
+    return config, [(folder, HUGGING_FACE)], preprocessor
+
+
+def _original(folder: Path, raw: dict[str, Any], vision_tower: str | None) -> _Parts:
+    """The original LLaVA's configuration as Hugging Face's, and where its two parts are."""
+    expected: dict[str, tuple[Any, ...]] = {
+        "mm_projector_type": ("mlp2x_gelu",),
+        "mm_vision_select_feature": ("patch", "cls_patch", None),
+        "image_aspect_ratio": ("pad", "square", None),
+        "mm_use_im_start_end": (False, None),
+        "mm_patch_merge_type": ("flat", None),
+    }
+    for key, values in expected.items():
+        if raw.get(key) not in values:
+            wanted = " or ".join(repr(value) for value in values if value is not None)
+            raise ExportError(f"{folder / 'config.json'}: {key} is {raw.get(key)!r}, expected {wanted}")
+    for key, kind in (("mm_vision_tower", str), ("mm_vision_select_layer", int)):
+        if not isinstance(raw.get(key), kind):
+            raise ExportError(
+                f"{folder / 'config.json'}: {key} is {raw.get(key)!r}, expected a {kind.__name__}"
+            )
+    sources: list[tuple[Path, Renames]] = [(folder, ORIGINAL)]
+    inside = any(name.startswith("model.vision_tower.") for name in StoredWeights(sources).shapes)
+    name = raw["mm_vision_tower"]
+    if vision_tower is None and inside and Path(name).name == Path(KNOWN_TOWER).name:
+        vision, preprocessor = CLIPVisionConfig(**KNOWN_TOWER_CONFIG), dict(KNOWN_TOWER_PROCESSOR)
+    else:
+        tower = _find_tower(folder, vision_tower or name)
+        vision = _vision_config(tower)
+        preprocessor = read_json(tower / "preprocessor_config.json", f"{tower} lacks its image processor")
+        if vision_tower is not None:
+            sources.insert(0, (tower, TOWER))
+        elif not inside:
+            sources.append((tower, TOWER))
+    if raw.get("image_aspect_ratio") == "pad":
+        preprocessor["do_pad"] = True
+    text = {key: value for key, value in raw.items() if key not in ("model_type", "architectures")}
+    config = LlavaConfig(
+        vision,
+        LlamaConfig(**text),
+        vision_feature_layer=raw["mm_vision_select_layer"],
+        vision_feature_select_strategy="full"
+        if raw.get("mm_vision_select_feature") == "cls_patch"
+        else "default",
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
     )
+    return config, sources, preprocessor
 
 
-def describe(checkpoint: Checkpoint, *, ragged_append: bool, precision: Precision = "fp32") -> Manifest:
-    """The manifest of the bundle to be written, its `files` still empty."""
-    model, declared = checkpoint.model, checkpoint.declared
-    known = {"name", "prompts", "box", "fit", *DEFAULTS}
+def _find_tower(folder: Path, name: str) -> Path:
+    """The folder of the tower called `name`: a path, in or beside the checkpoint's, or on the Hub."""
+    places = [Path(name), folder / Path(name).name, folder.parent / Path(name).name]
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    try:
+        return hub.fetch(name)[0]
+    except ExportError as error:
+        raise ExportError(
+            f"{folder} needs the vision tower {name}, expected beside it or as --vision-tower: {error}"
+        ) from None
+
+
+def _vision_config(tower: Path) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(tower, local_files_only=True)
+    except Exception as error:  # whatever is no configuration that transformers knows
+        raise ExportError(f"{tower / 'config.json'} describes no vision tower: {first_line(error)}") from None
+    return getattr(config, "vision_config", config)  # CLIP's has a text tower beside it
+
+
+def _ends(folder: Path, config: LlavaConfig, eos: int | None) -> tuple[int, ...]:
+    """The tokens that end a reply: the generation's, else the tokenizer's."""
+    generation = GenerationConfig.from_model_config(config)
+    if (folder / "generation_config.json").exists():
+        generation = GenerationConfig.from_dict(read_json(folder / "generation_config.json", ""))
+    ends = eos if generation.eos_token_id is None else generation.eos_token_id
+    if ends is None or ends == []:
+        raise ExportError(f"{folder} names no end-of-sequence token")
+    return (ends,) if isinstance(ends, int) else tuple(ends)
+
+
+def _check_weights(folder: Path, checkpoint: Checkpoint) -> None:
+    """Raise ExportError where a tensor is missing, or of another shape than the configuration says."""
+    found, expected = checkpoint.weights.shapes, checkpoint.skeleton.state_dict()
+    if missing := [name for name in checkpoint.names if name not in found]:
+        raise ExportError(f"{folder} lacks {len(missing)} of the model's weights, the first {missing[0]}")
+    for name in checkpoint.names:
+        if found[name] != (shape := tuple(expected[name].shape)):
+            raise ExportError(f"{folder}: {name} has shape {found[name]}, its config.json says {shape}")
+
+
+def describe(
+    checkpoint: Checkpoint,
+    *,
+    ragged_append: bool,
+    precision: Precision = "fp32",
+    coordinates: CoordinateSpace | None = None,
+    revision: str | None = None,
+) -> Manifest:
+    """The manifest of the bundle to be written, its `files` still empty.
+
+    `coordinates` overrides what the checkpoint's boxes are taken to be fractions of: without a declaration,
+    of the picture for those called DualFocus, and for others, as LLaVA-1.5 was trained, of the padded square.
+    """
+    declared = checkpoint.declared or {}
+    known = {"name", "prompts", "box", "fit", "coordinates", *DEFAULTS}
     if unknown := sorted(declared.keys() - known):
         raise ExportError(
             f"dualfocus.json: unknown key {unknown[0]!r}, expected one of {', '.join(sorted(known))}"
         )
     image = _image(checkpoint)
-    prompts = declared.get("prompts", {})
-    box = None if declared.get("coordinates") == "model" else dataclasses.asdict(BoxFormat())
+    image |= {"fit": declared.get("fit", image["fit"])}
+    if coordinates is None:
+        stock = checkpoint.declared is None and "dualfocus" not in checkpoint.name.lower()
+        coordinates = "padded" if stock and image["fit"] != "stretch" else "original"
+        coordinates = declared.get("coordinates", coordinates)
+    config, prompts = checkpoint.config, declared.get("prompts", {})
+    table = DUALFOCUS
+    if CHATML.reply.endswith(checkpoint.tokenizer.id_to_token(checkpoint.tokens.eos[0]) or "\n"):
+        table = CHATML
+    box = None if coordinates == "model" else dataclasses.asdict(BoxFormat())
     raw = {
         "format_version": FORMAT_VERSION,
         "name": declared.get("name", checkpoint.name),
         "created_by": f"dualfocus {__version__}",
         "source": {
             "checkpoint": checkpoint.name,
-            "architecture": type(model).__name__,
-            "vision_tower": model.config.vision_config.model_type,
-            "language_model": model.config.text_config.model_type,
-        },
+            "architecture": checkpoint.architecture,
+            "vision_tower": config.vision_config.model_type,
+            "language_model": config.text_config.model_type,
+        }
+        | ({"revision": revision} if revision else {}),
         "precision": precision,
-        "image": image | {"fit": declared.get("fit", image["fit"])},
-        "decoder": dataclasses.asdict(decoder.describe(model, ragged_append=ragged_append)),
+        "image": image,
+        "decoder": dataclasses.asdict(
+            decoder.describe(
+                config.text_config,
+                vocabulary=checkpoint.skeleton.lm_head.out_features,
+                ragged_append=ragged_append,
+            )
+        ),
         "tokens": dataclasses.asdict(checkpoint.tokens),
-        "prompts": dataclasses.asdict(DUALFOCUS) | prompts if isinstance(prompts, dict) else prompts,
+        "prompts": dataclasses.asdict(table) | prompts if isinstance(prompts, dict) else prompts,
         "box": declared.get("box", box),
+        "coordinates": coordinates,
         **{key: declared.get(key, default) for key, default in DEFAULTS.items()},
         "files": {},
     }
@@ -117,18 +367,6 @@ def describe(checkpoint: Checkpoint, *, ragged_append: bool, precision: Precisio
     return manifest
 
 
-def _read_json(path: Path, missing: str) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ExportError(f"{missing}: it has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path} cannot be read: {error}") from None
-    if not isinstance(raw, dict):
-        raise ExportError(f"{path} holds a {type(raw).__name__}, expected an object")
-    return raw
-
-
 def _load_tokenizer(folder: Path) -> tuple[Tokenizer, int | None, int | None]:
     """The tokenizer, the token it opens every text with, and the one it calls the end."""
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
@@ -136,7 +374,7 @@ def _load_tokenizer(folder: Path) -> tuple[Tokenizer, int | None, int | None]:
     try:
         fast = AutoTokenizer.from_pretrained(folder, use_fast=True, local_files_only=True)
     except Exception as error:  # anything a broken or foreign file makes the library raise
-        raise ExportError(f"the tokenizer of {folder} cannot be loaded: {_first_line(error)}") from error
+        raise ExportError(f"the tokenizer of {folder} cannot be loaded: {first_line(error)}") from error
     if not fast.is_fast:
         raise ExportError(f"the tokenizer of {folder} has no form for the `tokenizers` library")
     backend: Tokenizer = fast.backend_tokenizer
@@ -147,25 +385,9 @@ def _load_tokenizer(folder: Path) -> tuple[Tokenizer, int | None, int | None]:
     return backend, bos, fast.eos_token_id
 
 
-def _load_model(folder: Path) -> LlavaForConditionalGeneration:
-    try:
-        model, report = LlavaForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-    except Exception as error:  # anything missing, torn or mismatched weights make the library raise
-        raise ExportError(f"the weights of {folder} cannot be loaded: {_first_line(error)}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ExportError(f"{folder} lacks {len(missing)} of the model's weights, the first {missing[0]}")
-    return model.eval()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _image(checkpoint: Checkpoint) -> dict[str, Any]:
     """`ImageSpec` as a dict, from the preprocessor's file and the tower."""
-    processor, size = checkpoint.preprocessor, checkpoint.model.config.vision_config.image_size
+    processor, size = checkpoint.preprocessor, checkpoint.config.vision_config.image_size
     expected = {"do_resize": True, "do_normalize": True, "resample": BICUBIC}
     for key, value in expected.items():
         if processor.get(key, value) != value:
@@ -189,8 +411,7 @@ def _image(checkpoint: Checkpoint) -> dict[str, Any]:
     for key in ("image_mean", "image_std"):
         if key not in processor:
             raise ExportError(f"preprocessor_config.json: {key} is missing")
-    with torch.no_grad():
-        features = checkpoint.model.model.get_image_features(torch.zeros(1, 3, size, size))
+    features = checkpoint.skeleton.model.get_image_features(torch.zeros(1, 3, size, size, device="meta"))
     return {
         "size": size,
         "tokens": features[0].shape[0],

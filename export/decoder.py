@@ -1,8 +1,7 @@
-"""Llama decoder -> ``decoder.onnx``: `DecoderSpec`'s contract, written as one small torch module.
+"""The decoder -> graphs of `DecoderSpec`'s contract: one for each layer and one for the head, to be joined.
 
-The module holds the checkpoint's own weights and is exported, never run: attention and norms are
-emitted as single ONNX nodes (``com.microsoft::GroupQueryAttention``, ``RMSNormalization``), whose
-semantics exist in ONNX Runtime alone. What the graph computes is checked by `verify`.
+A layer at a time is read, written and forgotten, so that the model need not fit into memory. What each
+graph computes is checked by `verify`, against transformers.
 
 A graph with ``query_seqlens`` appends ragged chunks of S > 1 to a batch; it needs ONNX Runtime
 1.32. Without that input GroupQueryAttention takes S > 1 on a non-empty cache at batch 1 only.
@@ -10,201 +9,218 @@ A graph with ``query_seqlens`` appends ragged chunks of S > 1 to a batch; it nee
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 
+import onnx
 import torch
-from torch import Tensor, nn
-from torch.export import Dim
-from transformers import LlamaConfig, LlavaForConditionalGeneration
+from onnx import TensorProto
+from torch import Tensor
+from transformers import PretrainedConfig
 
 from dualfocus.export.errors import ExportError
-from dualfocus.runtime.manifest import DecoderSpec
+from dualfocus.export.graph import MICROSOFT, DataFile, Graph
+from dualfocus.export.quantize import EXACT, Part, decoder_form, product
+from dualfocus.runtime.manifest import DecoderSpec, Precision
 
-OPSET = 23  # the first with RMSNormalization
-# Beyond this, weights lie in a file beside the graph: ONNX Runtime maps it, and keeps only what its kernels
-# packed in private memory (an int8 decoder of 144 MB took 152 MB, as a single file 213 MB).
-SINGLE_FILE_BYTES = 64_000_000
+KINDS = ("llama", "mistral", "qwen2")  # whose layers are the one that is written here
+INPUTS = "inputs_embeds"
 
 
-class Attention(nn.Module):
-    """Packed QKV projection and GroupQueryAttention over one layer's cache; no output projection."""
+@dataclass
+class Linear:
+    """A product's (N, K) matrix, float32, and what is added to it."""
 
-    def __init__(self, layer: nn.Module, config: LlamaConfig) -> None:
-        super().__init__()
-        parts = (layer.q_proj, layer.k_proj, layer.v_proj)
-        weight = torch.cat([part.weight for part in parts])
-        self.qkv = nn.Linear(weight.shape[1], weight.shape[0], bias=config.attention_bias)
-        self.qkv.weight = nn.Parameter(weight)
-        if config.attention_bias:
-            self.qkv.bias = nn.Parameter(torch.cat([part.bias for part in parts]))
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_size = config.head_dim
+    weight: Tensor
+    bias: Tensor | None = None
 
-    def forward(
-        self,
-        x: Tensor,  # (B, S, hidden)
-        cache: tuple[Tensor, Tensor],  # 2 x (B, kv_heads, capacity, head_size)
-        lengths: tuple[Tensor, Tensor, Tensor | None],  # seqlens_k, total_sequence_length, query_seqlens
-        rotary: tuple[Tensor, Tensor],  # 2 x (context, head_size / 2)
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        key, value = cache
-        seqlens_k, total, query_seqlens = lengths
-        # Inputs 1 and 2 (key, value) are packed into the query; 9 to 15 are features no llama uses.
-        inputs = [self.qkv(x), None, None, key, value, seqlens_k, total, *rotary]
-        if query_seqlens is not None:
-            inputs += [None] * 7 + [query_seqlens]
-        out, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
-            "com.microsoft::GroupQueryAttention",
-            inputs,
-            {"num_heads": self.heads, "kv_num_heads": self.kv_heads, "do_rotary": 1},
-            dtypes=(x.dtype,) * 3,
-            shapes=((x.shape[0], x.shape[1], self.heads * self.head_size), key.shape, value.shape),
-            version=1,
+
+@dataclass
+class Layer:
+    """One decoder layer's weights, queries, keys and values packed into one matrix."""
+
+    norm: Tensor  # (hidden,)
+    qkv: Linear  # ((heads + 2 kv_heads) * head_size, hidden)
+    project: Linear  # (hidden, heads * head_size)
+    mlp_norm: Tensor  # (hidden,)
+    gate: Linear  # (mlp, hidden)
+    up: Linear
+    down: Linear  # (hidden, mlp)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Layer:
+        """The layer whose weights, by transformers' names, are `tensors`."""
+
+        def linear(*names: str) -> Linear:
+            matrix = torch.cat([tensors[f"{name}.weight"] for name in names])
+            has_bias = f"{names[0]}.bias" in tensors
+            return Linear(
+                matrix, torch.cat([tensors[f"{name}.bias"] for name in names]) if has_bias else None
+            )
+
+        return cls(
+            norm=tensors["input_layernorm.weight"].clone(),
+            qkv=linear(*(f"self_attn.{part}_proj" for part in "qkv")),
+            project=linear("self_attn.o_proj"),
+            mlp_norm=tensors["post_attention_layernorm.weight"].clone(),
+            gate=linear("mlp.gate_proj"),
+            up=linear("mlp.up_proj"),
+            down=linear("mlp.down_proj"),
         )
-        return out, present_key, present_value
 
 
-class RMSNorm(nn.Module):
-    """The checkpoint's norm as one node."""
+@dataclass
+class Head:
+    """What makes logits of the last layer's states."""
 
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.weight, self.epsilon = norm.weight, norm.variance_epsilon
+    norm: Tensor  # (hidden,)
+    head: Linear  # (vocabulary, hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
-        normed: Tensor = torch.onnx.ops.symbolic(
-            "RMSNormalization",
-            (x, self.weight),
-            {"axis": -1, "epsilon": self.epsilon},
-            dtype=x.dtype,
-            shape=x.shape,
-            version=OPSET,
+
+def describe(config: PretrainedConfig, *, vocabulary: int, ragged_append: bool) -> DecoderSpec:
+    """The spec of the graph for a language model's `config`; ExportError where it could not be written."""
+    if config.model_type not in KINDS:
+        raise ExportError(
+            f"the language model is of type {config.model_type!r}, expected one of {', '.join(KINDS)}"
         )
-        return normed
-
-
-class Layer(nn.Module):
-    """One decoder layer; the MLP and the output projection are the checkpoint's own modules."""
-
-    def __init__(self, layer: nn.Module, config: LlamaConfig) -> None:
-        super().__init__()
-        self.attention = Attention(layer.self_attn, config)
-        self.project, self.mlp = layer.self_attn.o_proj, layer.mlp
-        self.norm, self.mlp_norm = RMSNorm(layer.input_layernorm), RMSNorm(layer.post_attention_layernorm)
-
-
-class Decoder(nn.Module):
-    """The whole graph: layers, final norm and head."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def __init__(self, model: LlavaForConditionalGeneration) -> None:
-        super().__init__()
-        language_model = model.language_model
-        config = language_model.config
-        self.layers = nn.ModuleList(Layer(layer, config) for layer in language_model.layers)
-        self.norm, self.head = RMSNorm(language_model.norm), model.lm_head
-        self.entrance: nn.Module = nn.Identity()  # where `rotate.rotated` turns what comes in
-        # The model's own rotary module fills the tables, so that every static rope variant comes along.
-        positions = torch.arange(config.max_position_embeddings)[None]
-        half = config.head_dim // 2  # the other half of a row repeats it
-        for name, table in zip(
-            ("cos", "sin"), language_model.rotary_emb(torch.zeros(()), positions), strict=True
-        ):
-            assert table.shape[-1] == 2 * half
-            self.register_buffer(name, table[0, :, :half].contiguous())
-
-    def forward(
-        self,
-        inputs_embeds: Tensor,  # (B, S, hidden)
-        seqlens_k: Tensor,  # (B,) i32
-        total_sequence_length: Tensor,  # () i32
-        logits_at: Tensor,  # (B, K) i64
-        query_seqlens: Tensor | None,  # (B,) i32
-        past: list[tuple[Tensor, Tensor]],
-    ) -> tuple[Tensor, ...]:
-        x = self.entrance(inputs_embeds)
-        lengths = (seqlens_k, total_sequence_length, query_seqlens)
-        presents: list[Tensor] = []
-        last = len(self.layers) - 1
-        for i, (layer, cache) in enumerate(zip(self.layers, past, strict=True)):
-            attended, *present = layer.attention(layer.norm(x), cache, lengths, (self.cos, self.sin))
-            presents += present
-            if i == last:  # nothing reads the other positions any more: no projection, MLP or head for them
-                x, attended = _rows(x, logits_at), _rows(attended, logits_at)
-            x = x + layer.project(attended)
-            x = x + layer.mlp(layer.mlp_norm(x))
-        return self.head(self.norm(x)), *presents
-
-
-def _rows(x: Tensor, at: Tensor) -> Tensor:
-    """(B, S, D), (B, K) -> (B, K, D): the positions asked for."""
-    return x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
-
-
-def describe(model: LlavaForConditionalGeneration, *, ragged_append: bool) -> DecoderSpec:
-    """The spec of the graph that `export_decoder` will write; ExportError where it could not."""
-    config = model.language_model.config
-    if config.model_type != "llama":
-        raise ExportError(f"the language model is of type {config.model_type!r}, expected 'llama'")
+    if config.hidden_act != "silu":
+        raise ExportError(f"the language model's activation is {config.hidden_act!r}, expected 'silu'")
     rope = (config.rope_scaling or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):
         raise ExportError(f"rope type {rope!r} changes with the sequence's length, which a table cannot hold")
-    if config.head_dim % 16:
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head_size % 16:
         raise ExportError(
-            f"the head size is {config.head_dim}, and GroupQueryAttention with rotary needs a multiple of 16"
+            f"the head size is {head_size}, and GroupQueryAttention with rotary needs a multiple of 16"
         )
     return DecoderSpec(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_size=config.head_dim,
-        vocabulary=model.lm_head.out_features,
-        context=config.max_position_embeddings,
+        head_size=head_size,
+        vocabulary=vocabulary,
+        context=_context(config),
         dtype="float32",
         ragged_append=ragged_append,
     )
 
 
-def export_decoder(decoder: Decoder, spec: DecoderSpec, path: Path) -> None:
-    """Write ``decoder.onnx`` (beyond `SINGLE_FILE_BYTES` of weights, ``decoder.onnx.data`` beside it too)."""
-    batch, length, wanted, capacity = Dim("batch"), Dim("length"), Dim("wanted"), Dim("capacity")
-    cache = torch.zeros(2, spec.kv_heads, 8, spec.head_size)
-    example = {  # sizes above 1, all different: the exporter takes a 1 or an equality for a constant
-        "inputs_embeds": torch.zeros(2, 5, spec.hidden),
-        "seqlens_k": torch.full((2,), 4, dtype=torch.int32),
-        "total_sequence_length": torch.tensor(5, dtype=torch.int32),
-        "logits_at": torch.zeros(2, 3, dtype=torch.int64),
-        "query_seqlens": torch.full((2,), 5, dtype=torch.int32) if spec.ragged_append else None,
-        "past": [(cache.clone(), cache.clone()) for _ in range(spec.layers)],
-    }
-    past_axes = {0: batch, 2: capacity}
-    axes = {
-        "inputs_embeds": {0: batch, 1: length},
-        "seqlens_k": {0: batch},
-        "total_sequence_length": {},
-        "logits_at": {0: batch, 1: wanted},
-        "query_seqlens": {0: batch} if spec.ragged_append else None,
-        "past": [(past_axes, past_axes) for _ in range(spec.layers)],
-    }
-    scalars = ["inputs_embeds", "seqlens_k", "total_sequence_length", "logits_at"]
-    if spec.ragged_append:
-        scalars.append("query_seqlens")
-    caches = [f"{i}.{part}" for i in range(spec.layers) for part in ("key", "value")]
-    with torch.no_grad():
-        program = torch.onnx.export(
-            decoder,
-            kwargs=example,
-            dynamic_shapes=axes,
-            input_names=scalars + [f"past_key_values.{name}" for name in caches],
-            output_names=["logits"] + [f"present.{name}" for name in caches],
-            opset_version=OPSET,
-            dynamo=True,
-            verbose=False,
+def _context(config: PretrainedConfig) -> int:
+    """Tokens the model looks back to: what a sliding window would cut off is not promised."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or not getattr(config, "use_sliding_window", True):
+        return int(config.max_position_embeddings)
+    return int(min(config.max_position_embeddings, window))
+
+
+class DecoderGraphs:
+    """Makes the graphs of one decoder, whose weights go to `data`."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        config: PretrainedConfig,
+        precision: Precision,
+        data: DataFile,
+        rotary: tuple[Tensor, Tensor],
+    ) -> None:
+        """`rotary` are the (context, head_size / 2) tables of cosines and sines."""
+        self._spec, self._precision, self._data = spec, precision, data
+        self._epsilon = float(config.rms_norm_eps)
+        self._rotary = dict(zip(("cos", "sin"), rotary, strict=True))
+        self._shared: list[TensorProto] = []  # the tables, once they are stored
+
+    def share(self, part: onnx.ModelProto) -> None:
+        """Refer to the tables that are stored for `part`, a layer's graph."""
+        self._shared = [tensor for tensor in part.graph.initializer if tensor.name in self._rotary]
+
+    def layer(self, i: int, layer: Layer, entrance: Tensor | None = None) -> onnx.ModelProto:
+        """Layer `i`: ``hidden.{i}``, for the first ``inputs_embeds``, -> ``hidden.{i + 1}``.
+
+        `entrance` is a (hidden, hidden) matrix that what comes in goes through. The last layer gives the
+        positions ``logits_at`` alone: nothing reads the others any more.
+        """
+        spec, graph, name = self._spec, Graph(self._data), f"layers.{i}"
+        graph.keep(self._shared)
+        x = graph.input(f"hidden.{i}" if i else INPUTS, TensorProto.FLOAT, ["batch", "length", spec.hidden])
+        if entrance is not None:
+            x = product(graph, x, entrance.numpy(), EXACT, "entrance.weight", "entrance.out")
+        normed = self._norm(graph, x, layer.norm, f"{name}.norm")
+        qkv = self._product(graph, normed, layer.qkv, "qkv", i)
+        attended = self._attention(graph, qkv, i)
+        if i == spec.layers - 1:
+            at = graph.input("logits_at", TensorProto.INT64, ["batch", "wanted"])
+            where = graph.add("Unsqueeze", [at, graph.weight("last_axis", torch.tensor([-1]).numpy())], "at")
+            x, attended = (
+                graph.add("GatherND", [of, where], f"{of}.wanted", batch_dims=1) for of in (x, attended)
+            )
+        x = graph.add(
+            "Add", [x, self._product(graph, attended, layer.project, "project", i)], f"{name}.attended"
         )
-    for node in program.model.graph.all_nodes():
-        node.metadata_props.clear()  # stack traces, with the paths of whoever exported
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in decoder.state_dict().values())
-    program.save(path, external_data=weights > SINGLE_FILE_BYTES)
+        normed = self._norm(graph, x, layer.mlp_norm, f"{name}.mlp_norm")
+        gate = self._product(graph, normed, layer.gate, "gate", i)
+        up = self._product(graph, normed, layer.up, "up", i)
+        gated = graph.add("Mul", [gate, graph.add("Sigmoid", [gate], f"{name}.sigmoid")], f"{name}.silu")
+        down = self._product(graph, graph.add("Mul", [gated, up], f"{name}.gated"), layer.down, "down", i)
+        x = graph.add("Add", [x, down], f"hidden.{i + 1}")
+        graph.output(x, TensorProto.FLOAT, ["batch", self._length(i + 1), spec.hidden])
+        part = graph.model()
+        self.share(part)
+        return part
+
+    def head(self, head: Head) -> onnx.ModelProto:
+        """The last layer's states -> ``logits``."""
+        spec, graph = self._spec, Graph(self._data)
+        shape = ["batch", self._length(spec.layers)]
+        x = graph.input(f"hidden.{spec.layers}", TensorProto.FLOAT, [*shape, spec.hidden])
+        normed = self._norm(graph, x, head.norm, "norm")
+        form = decoder_form(self._precision, "head", spec.layers, spec.layers)
+        product(graph, normed, head.head.weight.numpy(), form, "head", "logits")
+        graph.output("logits", TensorProto.FLOAT, [*shape, spec.vocabulary])
+        return graph.model()
+
+    def _length(self, i: int) -> str:
+        """What the positions of ``hidden.{i}`` are called."""
+        return "length" if i < self._spec.layers else "wanted"
+
+    def _norm(self, graph: Graph, x: str, weight: Tensor, name: str) -> str:
+        scale = graph.weight(f"{name}.weight", weight.numpy())
+        return graph.add("RMSNormalization", [x, scale], f"{name}.out", axis=-1, epsilon=self._epsilon)
+
+    def _product(self, graph: Graph, x: str, linear: Linear, part: Part, i: int) -> str:
+        form, name = decoder_form(self._precision, part, i, self._spec.layers), f"layers.{i}.{part}"
+        out = product(graph, x, linear.weight.numpy(), form, f"{name}.weight", f"{name}.out")
+        if linear.bias is None:
+            return out
+        return graph.add("Add", [out, graph.weight(f"{name}.bias", linear.bias.numpy())], f"{name}.biased")
+
+    def _attention(self, graph: Graph, qkv: str, i: int) -> str:
+        """Rotary positions, the cache's update and attention, as one node of ONNX Runtime's own."""
+        spec, name = self._spec, f"layers.{i}.attention.out"
+        cache: list[str | int] = ["batch", spec.kv_heads, "capacity", spec.head_size]
+        past = [
+            graph.input(f"past_key_values.{i}.{part}", TensorProto.FLOAT, cache) for part in ("key", "value")
+        ]
+        present = [f"present.{i}.{part}" for part in ("key", "value")]
+        lengths = [
+            graph.input("seqlens_k", TensorProto.INT32, ["batch"]),
+            graph.input("total_sequence_length", TensorProto.INT32, []),
+        ]
+        tables = [graph.weight(of, table.numpy()) for of, table in self._rotary.items()]
+        # Inputs 1 and 2 (key, value) are packed into the query; 9 to 15 are features no llama uses.
+        inputs = [qkv, "", "", *past, *lengths, *tables]
+        if spec.ragged_append:
+            inputs += [""] * 7 + [graph.input("query_seqlens", TensorProto.INT32, ["batch"])]
+        graph.add(
+            "GroupQueryAttention",
+            inputs,
+            [name, *present],
+            domain=MICROSOFT,
+            num_heads=spec.heads,
+            kv_num_heads=spec.kv_heads,
+            do_rotary=1,
+        )
+        for of in present:
+            graph.output(of, TensorProto.FLOAT, cache)
+        return name

@@ -1,7 +1,7 @@
-"""Graphs with their weights in fewer bits, and what that changes.
+"""How the products with weight matrices are stored, and what fewer bits change.
 
-What is rewritten are the products with a weight matrix, the head's too; everything else, the KV cache and
-what goes in and out stay float32. The recipes are what was measured to be worth it on a CPU (bench/LOG.md):
+Everything but these products, the KV cache and what goes in and out stay float32. The recipes are what was
+measured to be worth it on a CPU (bench/LOG.md):
 
 - fp16: weights rounded to half precision. A CPU computes in float32, so this is half the file, no faster.
 - int8: one scale for an output channel, rounded to nearest, and one for all activations of a product, which
@@ -17,185 +17,168 @@ what goes in and out stay float32. The recipes are what was measured to be worth
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import onnx
-from onnxruntime.quantization import QuantType, quantize_dynamic
+import numpy.typing as npt
+from onnx import TensorProto
 from onnxruntime.quantization.matmul_nbits_quantizer import (
-    KQuantWeightOnlyQuantConfig,
-    MatMulNBitsQuantizer,
+    DefaultWeightOnlyQuantConfig,
+    DefaultWeightOnlyQuantizer,
 )
-from tokenizers import Tokenizer
+from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor_k_quant_cpu
 
-from dualfocus.export.decoder import SINGLE_FILE_BYTES
-from dualfocus.runtime.cache import KVCache
+from dualfocus.export.graph import MICROSOFT, Graph
 from dualfocus.runtime.engines import Floats
-from dualfocus.runtime.manifest import Manifest
-from dualfocus.runtime.onnx import OnnxDecoder, OnnxVisionEncoder, Threads
-from dualfocus.runtime.sequence import embed
-from dualfocus.runtime.turns import Turns
+from dualfocus.runtime.manifest import Precision
 
-LAYER_PRODUCTS = 5  # of a layer, in the graph's order: QKV, attention's output, gate, up, down
-QKV, DOWN = 0, 4
 INT8_DOWN_BLOCK, INT8_HEAD_BLOCK, INT4_BLOCK = 128, 64, 32
 INTEGER_ACTIVATIONS = 4  # MatMulNBits' accuracy level: products in integers, several times as fast as floats
+CHUNK = 1 << 18  # weights that are searched at a time: what they take fits a processor's cache
 
-QUESTIONS = (
-    "What is written on the red sign above the door?",
-    "How many people are standing in front of the white building?",
-    "Is there a bicycle to the left of the tree?",
-)
+Part = Literal["qkv", "project", "gate", "up", "down", "head"]
+Bytes = npt.NDArray[np.uint8]
 
 
-def quantize_decoder(source: Path, target: Path, precision: Literal["fp16", "int8", "int4"]) -> None:
-    """Write the float32 graph at `source`, rotated for int8, with weights of `precision` to `target`."""
-    model = onnx.load(source)
-    if precision == "fp16":
-        _halve(model)
-        _save(model, target)
-    elif precision == "int4":
-        in_8_bits = {name: {"bits": 8} for name in _in_8_bits(model)}
-        config = KQuantWeightOnlyQuantConfig(customized_weight_config=in_8_bits)
-        _save(_in_blocks(model, block_size=INT4_BLOCK, algo_config=config), target)
-    else:
-        entrance, *products, head = (node.name for node, _ in _products(model))
-        assert len(products) % LAYER_PRODUCTS == 0, "not a rotated graph of export.decoder's"
-        down = products[DOWN::LAYER_PRODUCTS]
-        for names, block in (down, INT8_DOWN_BLOCK), ([head], INT8_HEAD_BLOCK):
-            rest = {entrance, *products, head} - {*names}
-            model = _in_blocks(model, bits=8, block_size=block, is_symmetric=True, nodes_to_exclude=rest)
-        _by_channel(model, target, sorted({*products} - {*down}))
+@dataclass(frozen=True)
+class Form:
+    """How a matrix is stored: `bits` a weight, a scale for `block` of them."""
+
+    bits: Literal[32, 16, 8, 4]
+    block: int | None = None  # None: in 8 bits a scale for each output channel; in 16 and 32 there is none
+    searched: bool = False  # blocks have a zero point too, fitted by k-quant's search; else symmetric
+
+    def nbytes(self, outputs: int, inputs: int) -> int:
+        """What a matrix takes in the file."""
+        weights = outputs * inputs * self.bits // 8
+        if self.block is None:
+            return weights + (5 * outputs if self.bits == 8 else 0)
+        blocks = outputs * -(-inputs // self.block)
+        return blocks * (self.block * self.bits // 8 + 4) + (blocks * self.bits // 8 if self.searched else 0)
 
 
-def _in_blocks(model: onnx.ModelProto, **options: Any) -> onnx.ModelProto:
-    """`model` with its products as MatMulNBits, as the quantizer's `options` say."""
-    quantizer = MatMulNBitsQuantizer(model, accuracy_level=INTEGER_ACTIVATIONS, **options)
-    with contextlib.redirect_stdout(io.StringIO()):  # the library draws a bar of its own
-        quantizer.process()
-    return quantizer.model.model
+EXACT = Form(32)
+_OF: dict[Precision, Form] = {"fp32": EXACT, "fp16": Form(16), "int8": Form(8)}
 
 
-def _by_channel(model: onnx.ModelProto, target: Path, names: Sequence[str]) -> None:
-    """Write `model` to `target`, the products called `names` with a scale for each output channel.
+def decoder_form(precision: Precision, part: Part, layer: int, layers: int) -> Form:
+    """How a product of the decoder is stored.
+
+    The layers in which int4 gives more bits to the QKV and down projections are those in which llama.cpp's
+    Q4_K_M gives them to the value and down projections: the first and the last eighth, and every third
+    between.
+    """
+    if precision == "int8" and part in ("down", "head"):
+        return Form(8, INT8_DOWN_BLOCK if part == "down" else INT8_HEAD_BLOCK)
+    if precision == "int4":
+        dear = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+        more = part == "head" or (dear and part in ("qkv", "down"))
+        return Form(8 if more else 4, INT4_BLOCK, searched=True)
+    return _OF[precision]
+
+
+def vision_form(precision: Precision, node: str) -> Form:
+    """How a product of the tower, named by optimum, is stored."""
+    if precision in ("int8", "int4"):
+        return EXACT if "/projector/" in node else Form(8)
+    return _OF[precision]
+
+
+def product(graph: Graph, x: str, weight: Floats, form: Form, name: str, output: str) -> str:
+    """Add the product of `x` with the (N, K) matrix `weight`, stored as `form` says: (…, K) -> (…, N)."""
+    if form.block is not None:
+        return _block_product(graph, x, weight, form, name, output)
+    if form.bits == 8:
+        return _channel_product(graph, x, weight, name, output)
+    stored = graph.weight(name, weight.T.astype(np.float32 if form.bits == 32 else np.float16))
+    if form.bits == 16:
+        stored = graph.add("Cast", [stored], f"{name}.float32", to=TensorProto.FLOAT)
+    return graph.add("MatMul", [x, stored], output)
+
+
+def _channel_product(graph: Graph, x: str, weight: Floats, name: str, output: str) -> str:
+    """A product in integers, with a scale for each output channel and one for all of `x`.
 
     What is multiplied in one call shares the range of its activations, and a session on an x86 processor
     without VNNI needs ``session.x64quantprecision``, which `runtime.onnx` sees to.
     """
-    quantize_dynamic(
-        model,
-        target,
-        op_types_to_quantize=["MatMul"],
-        nodes_to_quantize=names,
-        per_channel=True,
-        weight_type=QuantType.QInt8,
-        use_external_data_format=_weights(model) / 4 > SINGLE_FILE_BYTES,
-        extra_options={"MatMulConstBOnly": True},
+    scale = np.abs(weight).max(axis=1) / np.float32(127)
+    scale[scale == 0] = 1
+    rounded = np.rint(weight / scale[:, None]).astype(np.int8)
+    matrix = graph.weight(f"{name}.int8", rounded.T)
+    scales = graph.weight(f"{name}.scale", scale)
+    zeros = graph.weight(f"{name}.zero", np.zeros(len(scale), np.int8))
+    of_x = [f"{x}.uint8", f"{x}.scale", f"{x}.zero"]
+    if not graph.has(of_x[0]):  # products of the same share it
+        graph.add("DynamicQuantizeLinear", [x], of_x)
+    both = graph.add("Mul", [of_x[1], scales], f"{output}.scale")
+    whole = graph.add("MatMulInteger", [of_x[0], matrix, of_x[2], zeros], f"{output}.int32")
+    return graph.add(
+        "Mul", [graph.add("Cast", [whole], f"{output}.float32", to=TensorProto.FLOAT), both], output
     )
 
 
-def quantize_vision(source: Path, target: Path, precision: Literal["fp16", "int8", "int4"]) -> None:
-    """Write the float32 graph at `source`, its nodes named by optimum, with other weights to `target`.
-
-    Pictures encoded in one call would share the range of their activations: `runtime.onnx` takes them one
-    by one.
-    """
-    model = onnx.load(source)
-    if precision == "fp16":
-        _halve(model)
-        _save(model, target)
-    else:
-        names = [node.name for node in model.graph.node if node.op_type == "MatMul"]
-        _by_channel(model, target, [name for name in names if "/projector/" not in name])
-
-
-def _save(model: onnx.ModelProto, target: Path) -> None:
-    beside = _weights(model) > SINGLE_FILE_BYTES
-    onnx.save(model, target, save_as_external_data=beside, location=f"{target.name}.data")
-
-
-def _weights(model: onnx.ModelProto) -> int:
-    """Bytes."""
-    return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
-
-
-def _products(model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, onnx.TensorProto]]:
-    """The products with a weight matrix, in the graph's order, and those matrices, (K, N)."""
-    weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    return [
-        (node, weights[node.input[1]])
-        for node in model.graph.node
-        if node.op_type == "MatMul" and node.input[1] in weights
-    ]
-
-
-def _in_8_bits(model: onnx.ModelProto) -> Iterator[str]:
-    """Names of the products that int4 leaves in 8 bits.
-
-    The layers are those in which llama.cpp's Q4_K_M gives more bits to the value and down projections: the
-    first and the last eighth, and every third between. A matrix with an odd number of blocks, whose zero
-    points end in half a byte, is more than the library's search can pack.
-    """
-    products = _products(model)
-    layers = len(products) // LAYER_PRODUCTS
-    assert len(products) == layers * LAYER_PRODUCTS + 1, "not a graph of export.decoder's"
-    for i, (node, weight) in enumerate(products):
-        layer, kind = divmod(i, LAYER_PRODUCTS)
-        head = layer == layers
-        dear = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
-        odd = -(-weight.dims[0] // INT4_BLOCK) % 2 == 1
-        if head or odd or (dear and kind in (QKV, DOWN)):
-            yield node.name
-
-
-def _halve(model: onnx.ModelProto) -> None:
-    """Store weight matrices as float16, cast back when they are read."""
-    for node, weight in _products(model):
-        half = onnx.numpy_helper.to_array(weight).astype(np.float16)
-        weight.CopyFrom(onnx.numpy_helper.from_array(half, weight.name))
-        cast = onnx.helper.make_node(
-            "Cast", [weight.name], [f"{weight.name}.float32"], to=onnx.TensorProto.FLOAT
-        )
-        node.input[1] = cast.output[0]
-        model.graph.node.insert(0, cast)
-
-
-def errors(exact: Path, folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> Iterator[str]:
-    """What quantising changed, in words: the graphs in `folder` against the float32 ones in `exact`.
-
-    The decoder is asked the macro turns of `QUESTIONS` about made-up pictures, always the same, so that two
-    exports can be compared; both decoders see the float32 tower's image tokens, so that its figures are its
-    own.
-    """
-    pixels = _pictures(len(QUESTIONS), manifest.image.size)
-    hidden, embeddings = manifest.decoder.hidden, np.load(folder / "embeddings.npy", mmap_mode="r")
-    features, rounded = (
-        OnnxVisionEncoder(place / "vision.onnx", manifest.image, hidden, Threads()).encode(pixels)
-        for place in (exact, folder)
+def _block_product(graph: Graph, x: str, weight: Floats, form: Form, name: str, output: str) -> str:
+    """A product whose weights have a scale for every block of inputs."""
+    assert form.block is not None
+    (outputs, inputs), block = weight.shape, form.block
+    find = _search if form.searched else _round
+    packed, scales, *zeros = _in_chunks(weight, lambda rows: find(rows, form.bits, block))
+    stored = [graph.weight(f"{name}.int{form.bits}", packed), graph.weight(f"{name}.scale", scales)]
+    stored += [graph.weight(f"{name}.zero", zero) for zero in zeros]
+    return graph.add(
+        "MatMulNBits",
+        [x, *stored],
+        output,
+        domain=MICROSOFT,
+        K=inputs,
+        N=outputs,
+        bits=form.bits,
+        block_size=block,
+        accuracy_level=INTEGER_ACTIVATIONS,
     )
-    relative = float(np.linalg.norm(rounded - features) / np.linalg.norm(features))
-    yield f"vision: image tokens {100 * relative:.2g} % away from float32's (relative L2)"
-    divergences, same = [], []
-    decoders = [OnnxDecoder(place / "decoder.onnx", manifest.decoder, Threads()) for place in (exact, folder)]
-    for question, whole in zip(QUESTIONS, features, strict=True):
-        tokens = Turns(manifest, tokenizer, question).macro("whole").tokens
-        embedded = embed(tokens, embeddings, {"whole": whole})
-        text = [i for i, token in enumerate(tokens) if isinstance(token, int)]
-        exact_logits, logits = (
-            decoder.extend(KVCache(manifest.decoder, 1, len(tokens)), [0], [embedded], [text])[0]
-            for decoder in decoders
-        )
-        divergences.append(divergence(exact_logits, logits))
-        same.append(exact_logits.argmax(-1) == logits.argmax(-1))
-    kl, top_1 = np.concatenate(divergences), np.concatenate(same)
-    yield (
-        f"decoder: KL divergence from float32 {kl.mean():.2g} nats, the same likeliest token "
-        f"{100 * top_1.mean():.1f} % of {len(kl)} times"
+
+
+def _in_chunks(weight: Floats, find: Callable[[Floats], tuple[Any, ...]]) -> list[Any]:
+    """What `find` makes of `weight`, some rows at a time, on every core."""
+    rows = max(1, CHUNK // weight.shape[1])
+    chunks = [weight[start : start + rows] for start in range(0, len(weight), rows)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [np.concatenate(found) for found in zip(*pool.map(find, chunks), strict=True)]
+
+
+def _round(weight: Floats, bits: int, block: int) -> tuple[Bytes, Floats]:
+    """(N, K) -> (N, blocks, bytes) integers and (N, blocks) scales, rounded to nearest."""
+    quantizer = DefaultWeightOnlyQuantizer(
+        DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=True, bits=bits)
     )
+    packed, scales, _ = quantizer.qbits_block_quant(np.ascontiguousarray(weight.T))
+    return packed, scales
+
+
+def _search(weight: Floats, bits: int, block: int) -> tuple[Bytes, Floats, Bytes]:
+    """(N, K) -> (N, blocks, bytes) integers, (N, blocks) scales and (N, bytes) zero points."""
+    rows, blocks = len(weight), -(-weight.shape[1] // block)
+    padded = np.pad(weight, ((0, 0), (0, blocks * block - weight.shape[1])))
+    with np.errstate(divide="ignore", invalid="ignore"):  # of blocks that are all zero
+        rounded, scales, zeros = quant_tensor_k_quant_cpu(padded, bits, block)
+    packed = _packed(rounded.astype(np.uint8).reshape(rows, blocks, block), bits)
+    return packed, scales.astype(np.float32).reshape(rows, blocks), _packed(zeros.reshape(rows, blocks), bits)
+
+
+def _packed(integers: Bytes, bits: int) -> Bytes:
+    """Two of 4 bits in a byte, the first in its lower half; a last one alone is beside a zero."""
+    if bits == 8:
+        return integers
+    if integers.shape[-1] % 2:
+        integers = np.pad(integers, [(0, 0)] * (integers.ndim - 1) + [(0, 1)])
+    low, high = integers[..., ::2], integers[..., 1::2]
+    packed: Bytes = (low | high << 4).astype(np.uint8)
+    return packed
 
 
 def divergence(exact: Floats, logits: Floats) -> Floats:
@@ -204,14 +187,3 @@ def divergence(exact: Floats, logits: Floats) -> Floats:
             for x in (exact.astype(np.float64), logits.astype(np.float64)))  # fmt: skip
     result: Floats = (np.exp(p) * (p - q)).sum(-1)
     return result
-
-
-def _pictures(n: int, size: int) -> Floats:
-    """(n, 3, size, size) normalised pixels, with the areas and edges that pictures have and noise has not."""
-    rng = np.random.default_rng(0)
-    pixels = np.zeros((n, 3, size, size), np.float32)
-    for cells in (4, 16):
-        coarse = rng.standard_normal((n, 3, cells, cells), np.float32)
-        at = np.arange(size) * cells // size
-        pixels += coarse[:, :, at][..., at]
-    return pixels

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -21,7 +23,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from dualfocus.export.checkpoint import Checkpoint
+from dualfocus.export.checkpoint import EMBEDDINGS, HEAD, Checkpoint
 from dualfocus.export.shapes import Shape
 from dualfocus.runtime.manifest import TokenSpec
 from dualfocus.runtime.turns import DUALFOCUS
@@ -63,25 +65,74 @@ Yes. No. Two, three, four, five. Red, green, blue, white, black, brown, grey, pi
 
 def random_checkpoint(shape: Shape, seed: int = 0) -> Checkpoint:
     """The model of `shape` with DualFocus' prompts, as if it had been read from a folder."""
-    tokenizer = make_tokenizer(shape.vocabulary)
-    model = random_model(shape, seed)
-    named = tokenizer.get_vocab_size()
-    with torch.no_grad():
-        scores = model.lm_head.weight  # the embeddings too, where tied
-        scores[named:] *= NAMELESS_SCALE
-        scores[EOS] *= EOS_SCALE
+    tokenizer, config = make_tokenizer(shape.vocabulary), make_config(shape)
     return Checkpoint(
         name=f"random weights, seed {seed}",
-        model=model,
+        config=config,
+        weights=DrawnWeights(config, seed, named=tokenizer.get_vocab_size()),
         tokenizer=tokenizer,
         tokens=TokenSpec(BOS, (EOS,)),
         preprocessor=make_preprocessor(shape),
         declared={"name": shape.name},
+        architecture="LlavaForConditionalGeneration",
     )
+
+
+class DrawnWeights:
+    """`Weights` made as they are read, in the model's order: what is passed over is kept until it is read."""
+
+    is_half = False
+
+    def __init__(self, config: LlavaConfig, seed: int, named: int | None = None) -> None:
+        """Of `named` tokens the tokenizer knows, if that is given, one is to lead everywhere."""
+        with torch.device("meta"):
+            parameters = dict(LlavaForConditionalGeneration(config).named_parameters())
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        self.identity = f"{config.to_json_string()}, seed {seed}"
+        self._scores = HEAD if HEAD in self.shapes else EMBEDDINGS
+        self._named, self._drawn = named, self._draw(torch.Generator().manual_seed(seed))
+        self._waiting: dict[str, Tensor] = {}
+
+    def all(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor, in the model's order."""
+        return self._drawn
+
+    def read(self, name: str) -> Tensor:
+        while name not in self._waiting:
+            self._waiting |= [next(self._drawn)]
+        return self._waiting.pop(name)
+
+    def _draw(self, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+        for name, shape in self.shapes.items():
+            weight = torch.empty(shape).normal_(generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                weight.mul_(0.1).add_(1)
+            elif name in (EMBEDDINGS, HEAD):
+                weight.mul_(2 * shape[1] ** -0.5)  # a normed state's logits then spread by 2
+            elif weight.dim() > 1:
+                weight.mul_(weight[0].numel() ** -0.5)  # variance kept from input to output
+            else:
+                weight.mul_(0.1)
+            if name.endswith("self_attn.q_proj.weight") and "language_model" in name:
+                weight.mul_(QUERY_SCALE)
+            elif name.endswith("mlp.down_proj.weight"):
+                weight.mul_(MLP_SCALE)
+            elif name == self._scores and self._named is not None:
+                weight[self._named :] *= NAMELESS_SCALE
+                weight[EOS] *= EOS_SCALE
+            yield name, weight
 
 
 def random_model(shape: Shape, seed: int = 0) -> LlavaForConditionalGeneration:
     """A float32 model of `shape` in evaluation mode, its tokens numbered as in `SPECIAL`."""
+    model = LlavaForConditionalGeneration(make_config(shape)).eval()
+    model.load_state_dict(dict(DrawnWeights(model.config, seed).all()), strict=False)
+    model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS)
+    return model
+
+
+def make_config(shape: Shape) -> LlavaConfig:
+    """transformers' configuration of `shape`."""
     vision = CLIPVisionConfig(
         hidden_size=shape.tower_width,
         intermediate_size=shape.tower_mlp,
@@ -108,7 +159,7 @@ def random_model(shape: Shape, seed: int = 0) -> LlavaForConditionalGeneration:
         bos_token_id=BOS,
         eos_token_id=EOS,
     )
-    config = LlavaConfig(
+    return LlavaConfig(
         vision,
         text,
         image_token_index=IMAGE,
@@ -117,24 +168,6 @@ def random_model(shape: Shape, seed: int = 0) -> LlavaForConditionalGeneration:
         vision_feature_select_strategy=shape.feature_strategy,
         tie_word_embeddings=shape.tied,
     )
-    model = LlavaForConditionalGeneration(config).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.normal_(generator=generator)
-            if "norm" in name and name.endswith("weight"):
-                weight.mul_(0.1).add_(1)
-            elif "embed_tokens" in name or "lm_head" in name:  # one tensor when tied
-                weight.mul_(2 * shape.hidden**-0.5)  # a normed state's logits then spread by 2
-            elif weight.dim() > 1:
-                weight.mul_(weight[0].numel() ** -0.5)  # variance kept from input to output
-            else:
-                weight.mul_(0.1)
-        for layer in model.language_model.layers:
-            layer.self_attn.q_proj.weight *= QUERY_SCALE
-            layer.mlp.down_proj.weight *= MLP_SCALE
-    model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS)
-    return model
 
 
 def make_preprocessor(shape: Shape) -> dict[str, Any]:

@@ -10,67 +10,65 @@ projection and the output projection. Nothing of it is left to do at run time bu
 
 from __future__ import annotations
 
-import copy
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dualfocus.export.decoder import Decoder, Layer
-
-SEED = 0
-
-
-def rotated(decoder: Decoder) -> Decoder:
-    """A copy of `decoder` that computes the same in a rotated basis."""
-    decoder = copy.deepcopy(decoder)  # whose weights are the checkpoint's own
-    generator = torch.Generator().manual_seed(SEED)
-    stream = _rotation(decoder.head.in_features, generator)
-    with torch.no_grad():
-        for layer in decoder.layers:
-            assert isinstance(layer, Layer)
-            _reads(stream, layer.norm.weight, layer.attention.qkv)
-            _reads(stream, layer.mlp_norm.weight, layer.mlp.gate_proj, layer.mlp.up_proj)
-            _writes(stream, layer.project)
-            _writes(stream, layer.mlp.down_proj)
-            _rotate_values(layer, generator)
-        _reads(stream, decoder.norm.weight, decoder.head)
-        decoder.entrance = nn.Linear(*stream.shape, bias=False)
-        decoder.entrance.weight.copy_(stream.T)
-    return decoder
+from dualfocus.export.decoder import Head, Layer, Linear
+from dualfocus.runtime.manifest import DecoderSpec
 
 
-def _rotation(size: int, generator: torch.Generator) -> Tensor:
-    """A random orthogonal (size, size) matrix, f64."""
+class Rotation:
+    """A rotation of one decoder, which changes its weights in place, a layer at a time."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        self._spec = spec
+        self.stream = _rotation(spec.hidden, 0)  # a state times this is the rotated state
+
+    @property
+    def entrance(self) -> Tensor:
+        """The (hidden, hidden) matrix of the product that rotates what comes in."""
+        return self.stream.T
+
+    def layer(self, i: int, layer: Layer) -> None:
+        """Rotate layer `i`."""
+        self._reads(layer.norm, layer.qkv)
+        self._reads(layer.mlp_norm, layer.gate, layer.up)
+        self._writes(layer.project)
+        self._writes(layer.down)
+        self._rotate_values(layer, i)
+
+    def head(self, head: Head) -> None:
+        """Rotate what comes behind the layers."""
+        self._reads(head.norm, head.head)
+
+    def _reads(self, norm: Tensor, *readers: Linear) -> None:
+        """Rotate what `readers` read; the norm's weights, before it, go into theirs."""
+        for reader in readers:
+            torch.matmul(reader.weight * norm, self.stream, out=reader.weight)
+        norm.fill_(1)
+
+    def _writes(self, writer: Linear) -> None:
+        torch.matmul(self.stream.T, writer.weight.clone(), out=writer.weight)
+        if writer.bias is not None:
+            writer.bias = writer.bias @ self.stream
+
+    def _rotate_values(self, layer: Layer, i: int) -> None:
+        """Rotate each head's values: the output projection reads what query heads found of their group's."""
+        groups, size = self._spec.kv_heads, self._spec.head_size
+        first = (self._spec.heads + groups) * size  # behind queries and keys
+        turns = torch.stack([_rotation(size, 1 + i * groups + group) for group in range(groups)])
+        values = layer.qkv.weight[first:]
+        values.copy_(torch.einsum("gij,gid->gjd", turns, values.unflatten(0, (groups, size))).flatten(0, 1))
+        if layer.qkv.bias is not None:
+            bias = layer.qkv.bias[first:]
+            bias.copy_(torch.einsum("gij,gi->gj", turns, bias.unflatten(0, (groups, size))).flatten())
+        found = layer.project.weight.unflatten(1, (groups, -1, size))
+        layer.project.weight = torch.einsum("dghi,gij->dghj", found, turns).flatten(1)
+
+
+def _rotation(size: int, seed: int) -> Tensor:
+    """A random orthogonal (size, size) matrix, float32."""
+    generator = torch.Generator().manual_seed(seed)
     rotation, triangle = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
     signed: Tensor = rotation * triangle.diagonal().sign()  # without, its columns would lean one way
-    return signed
-
-
-def _reads(stream: Tensor, norm: Tensor, *readers: nn.Linear) -> None:
-    """Rotate what `readers` read; the norm's weights, before it, go into theirs."""
-    for reader in readers:
-        reader.weight.copy_((reader.weight.double() * norm.double()) @ stream)
-    norm.fill_(1)
-
-
-def _writes(stream: Tensor, writer: nn.Linear) -> None:
-    writer.weight.copy_(stream.T @ writer.weight.double())
-    if writer.bias is not None:
-        writer.bias.copy_(writer.bias.double() @ stream)
-
-
-def _rotate_values(layer: Layer, generator: torch.Generator) -> None:
-    """Rotate each head's values: the output projection reads what query heads found of their group's."""
-    attention, project = layer.attention, layer.project
-    groups, size = attention.kv_heads, attention.head_size
-    first = (attention.heads + groups) * size  # behind queries and keys
-    turns = torch.stack([_rotation(size, generator) for _ in range(groups)])
-    values = attention.qkv.weight[first:]
-    values.copy_(
-        torch.einsum("gij,gid->gjd", turns, values.double().unflatten(0, (groups, size))).flatten(0, 1)
-    )
-    if attention.qkv.bias is not None:
-        bias = attention.qkv.bias[first:]
-        bias.copy_(torch.einsum("gij,gi->gj", turns, bias.double().unflatten(0, (groups, size))).flatten())
-    found = project.weight.double().unflatten(1, (groups, -1, size))
-    project.weight.copy_(torch.einsum("dghi,gij->dghj", found, turns).flatten(1))
+    return signed.float()

@@ -7,19 +7,42 @@ the file.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import onnx
 import torch
+from onnx.external_data_helper import load_external_data_for_tensor
 from optimum.exporters.onnx import export
 from optimum.exporters.onnx.base import OnnxConfig
 from optimum.utils import DummyVisionInputGenerator, NormalizedVisionConfig
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers.modeling_utils import no_init_weights
 
-from dualfocus.export.decoder import SINGLE_FILE_BYTES
+from dualfocus.export.graph import DataFile, Graph
+from dualfocus.export.quantize import EXACT, product, vision_form
+from dualfocus.export.weights import Weights
+from dualfocus.runtime.manifest import Precision
 
 OPSET = 18
+PARTS = ("model.vision_tower.", "model.multi_modal_projector.")
+
+
+def read_tower(config: LlavaConfig, weights: Weights) -> LlavaForConditionalGeneration:
+    """transformers' model of `config` with the weights of tower and projector, and without decoder layers."""
+    config = copy.deepcopy(config)
+    config.text_config.num_hidden_layers = 0
+    config.text_config.layer_types = None
+    with no_init_weights():  # memory that nobody writes to is not taken
+        model = LlavaForConditionalGeneration(config).eval()
+    tensors = {
+        name: weights.read(name)
+        for name, tensor in model.state_dict().items()
+        if name.startswith(PARTS) and tensor.is_floating_point()  # not batch norm's count of batches
+    }
+    model.load_state_dict(tensors, strict=False, assign=True)
+    return model
 
 
 class Vision(nn.Module):
@@ -57,8 +80,46 @@ class VisionOnnxConfig(OnnxConfig):
 
 
 def export_vision(model: LlavaForConditionalGeneration, path: Path) -> None:
-    """Write ``vision.onnx`` (and, beyond `SINGLE_FILE_BYTES` of weights, a file with them beside it)."""
+    """Write the float32 graph as optimum does, its weights in it or beside it."""
     vision = Vision(model).eval()
     export(vision, VisionOnnxConfig(vision.config), path, opset=OPSET)
-    if path.stat().st_size > SINGLE_FILE_BYTES:  # optimum writes a second file from 2 GB on only
-        onnx.save(onnx.load(path), path, save_as_external_data=True, location=f"{path.name}.data")
+
+
+def store_vision(source: Path, target: Path, precision: Precision) -> None:
+    """Write the float32 graph at `source` with weights of `precision`, which lie beside it, to `target`.
+
+    Pictures encoded in one call share the range of their activations in 8 bits: `runtime.onnx` takes them
+    one by one.
+    """
+    model = onnx.load(source, load_external_data=False)
+    data = DataFile(target.with_name(f"{target.name}.data"))
+    graph = Graph(data, OPSET)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    forms = {
+        node.output[0]: vision_form(precision, node.name)
+        for node in model.graph.node
+        if node.op_type == "MatMul" and node.input[1] in tensors
+    }
+    for value in model.graph.input:
+        graph.declare(value)
+    for value in model.graph.output:
+        graph.declare(value, output=True)
+    for node in model.graph.node:
+        rewritten = forms.get(node.output[0], EXACT) != EXACT
+        for name in node.input:
+            if name in tensors and not (rewritten and name == node.input[1]):
+                graph.weight(name, _array(tensors[name], source))
+        if rewritten:
+            x, name = node.input
+            product(graph, x, _array(tensors[name], source).T, forms[node.output[0]], name, node.output[0])
+        else:
+            graph.copy(node)
+    onnx.save(graph.model(), target)
+    data.close()
+
+
+def _array(tensor: onnx.TensorProto, path: Path) -> onnx.numpy_helper.np.ndarray:
+    if onnx.external_data_helper.uses_external_data(tensor):
+        tensor = copy.deepcopy(tensor)  # which the weights shall not stay in
+        load_external_data_for_tensor(tensor, str(path.parent))
+    return onnx.numpy_helper.to_array(tensor)

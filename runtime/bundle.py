@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from dualfocus.runtime.engines import Decoder, Floats, VisionEncoder
+from dualfocus.runtime.engines import Decoder, VisionEncoder
 from dualfocus.runtime.errors import BundleError
 from dualfocus.runtime.grammar import BoxGrammar
 from dualfocus.runtime.manifest import Manifest
+from dualfocus.runtime.sequence import Table
 
 BUILT_IN = Path(__file__).parent.parent / "models" / "nano"
 HASHED_BYTES = 64_000_000
@@ -37,7 +38,7 @@ class Bundle:
     vision: VisionEncoder
     decoder: Decoder
     tokenizer: Tokenizer
-    embeddings: Floats  # (vocabulary, hidden), memory-mapped
+    embeddings: Table  # (vocabulary, hidden), memory-mapped
 
     @cached_property
     def grammar(self) -> BoxGrammar | None:
@@ -140,16 +141,16 @@ def _open_tokenizer(path: Path, manifest: Manifest) -> Tokenizer:
     return tokenizer
 
 
-def _open_embeddings(path: Path, manifest: Manifest) -> Floats:
+def _open_embeddings(path: Path, manifest: Manifest) -> Table:
     file = path / "embeddings.npy"
     try:
         embeddings = np.lib.format.open_memmap(file, mode="r")  # np.load would take an archive too
     except ValueError as error:
         raise BundleError(f"{file} is not an array: {error}") from None
     shape = (manifest.decoder.vocabulary, manifest.decoder.hidden)
-    if embeddings.dtype != np.float32 or embeddings.shape != shape:
+    if embeddings.dtype not in (np.float32, np.float16) or embeddings.shape != shape:
         raise BundleError(
-            f"{file} is {embeddings.dtype} of shape {embeddings.shape}, expected float32 {shape}"
+            f"{file} is {embeddings.dtype} of shape {embeddings.shape}, expected float32 or float16 {shape}"
         )
-    result: Floats = embeddings
+    result: Table = embeddings
     return result

@@ -5,7 +5,7 @@ A bundle is a folder::
     manifest.json     written last; a folder without one is not a bundle
     vision.onnx       pixel_values (N, 3, S, S) f32 -> image_features (N, T, D) f32 (tower and projector)
     decoder.onnx      one call appends embeddings to the KV cache, see `DecoderSpec`
-    embeddings.npy    (vocabulary, D) f32, memory-mapped: row i embeds token i
+    embeddings.npy    (vocabulary, D) f32 or f16, memory-mapped: row i embeds token i
     tokenizer.json    of the `tokenizers` library
 
 ONNX external data lies beside its graph and is listed in `Manifest.files` like everything else.

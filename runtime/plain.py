@@ -125,7 +125,7 @@ class _Model:
             if token in manifest.tokens.eos or full:
                 text = bundle.tokenizer.decode(tokens, skip_special_tokens=True).strip()
                 return Generation(text, tuple(tokens), tuple(logprobs))
-            ((logits,),) = bundle.decoder.extend(cache, [0], [bundle.embeddings[[token]]], [[0]])
+            ((logits,),) = bundle.decoder.extend(cache, [0], [embed([token], bundle.embeddings, {})], [[0]])
             self._counters.decode_steps += 1
             self._counters.decode_rows += 1
 

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 import numpy as np
+import numpy.typing as npt
 
 from dualfocus.runtime.cache import KVCache, Snapshot
 from dualfocus.runtime.engines import Decoder, Floats
 from dualfocus.runtime.turns import Token
 
+Table = npt.NDArray[np.float32 | np.float16]  # (vocabulary, D): row i embeds token i
 UNKNOWN = float("nan")  # the log-probability of a token that no pass had to look at
 
 
@@ -142,7 +144,7 @@ class Extension:
 def extend(
     decoder: Decoder,
     cache: KVCache,
-    table: Floats,
+    table: Table,
     features: Mapping[str, Floats],
     extensions: Sequence[Extension],
 ) -> None:
@@ -173,9 +175,10 @@ def common_prefix(left: Sequence[Token], right: Sequence[Token]) -> int:
     return shorter
 
 
-def embed(tokens: Sequence[Token], table: Floats, features: Mapping[str, Floats]) -> Floats:
+def embed(tokens: Sequence[Token], table: Table, features: Mapping[str, Floats]) -> Floats:
     """(L, D) embeddings of `tokens`: rows of `table` (vocabulary, D) and of the images' `features` (T, D)."""
-    out = np.asarray(table[[token if isinstance(token, int) else 0 for token in tokens]])
+    rows = table[[token if isinstance(token, int) else 0 for token in tokens]]
+    out: Floats = np.asarray(rows, np.float32)
     shown = [(i, token) for i, token in enumerate(tokens) if not isinstance(token, int)]
     for image in {token.image for _, token in shown}:
         places = [(i, token.position) for i, token in shown if token.image == image]

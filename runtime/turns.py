@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -37,6 +37,14 @@ DUALFOCUS = Prompts(
         "Answer the question using a single word or phrase "
     ),
     hint="Answer the question using a single word or phrase.",
+)
+
+# What models say to whom the same is told in ChatML, as Qwen2 is.
+CHATML = replace(
+    DUALFOCUS,
+    system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>",
+    user="\n<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant\n",
+    reply="{answer}<|im_end|>",
 )
 
 

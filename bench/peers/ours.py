@@ -22,6 +22,7 @@ from dualfocus.runtime.bundle import read_manifest
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.errors import BundleError
 from dualfocus.runtime.scheduler import Savings
+from dualfocus.runtime.sequence import embed
 
 REQUIRES = ("dualfocus", "onnxruntime")
 FOLDER = "ours"  # of `Work.folder`
@@ -77,7 +78,7 @@ class _Rows:
 
     def _extend(self, tokens: list[int]) -> None:
         rows = len(self._rows)
-        new = [self._bundle.embeddings[tokens]] * rows
+        new = [embed(tokens, self._bundle.embeddings, {})] * rows
         logits = self._bundle.decoder.extend(self._cache, self._rows, new, [[len(tokens) - 1]] * rows)
         np.argmax(np.concatenate(logits), axis=-1)
 

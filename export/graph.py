@@ -1,0 +1,165 @@
+"""ONNX graphs whose weights go to a file beside them as they are made, and are never in memory together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper
+
+from dualfocus import __version__
+
+OPSET = 23  # the first with RMSNormalization
+IR_VERSION = 10
+MICROSOFT = "com.microsoft"
+INLINE_BYTES = 1024  # up to here a tensor lies in the graph: shapes have to, and norms of small models may
+PAGE = 4096  # where a tensor begins in the file, so that it can be mapped alone
+
+Array = npt.NDArray[Any]
+
+
+class DataFile:
+    """The file beside the graphs of one folder, written from front to back."""
+
+    def __init__(self, path: Path, end: int = 0) -> None:
+        """Go on behind the first `end` bytes of what is there; the rest is cut off."""
+        self.path = path
+        self._file = path.open("r+b" if end else "wb")
+        self._file.truncate(end)
+        self._file.seek(end)
+
+    def store(self, name: str, array: Array, kind: int | None = None) -> TensorProto:
+        """Write an array, and return the tensor that says where it is; `kind` names a type NumPy has not."""
+        self._file.write(bytes(-self._file.tell() % PAGE))
+        tensor = TensorProto(
+            name=name,
+            dims=array.shape,
+            data_type=helper.np_dtype_to_tensor_dtype(array.dtype) if kind is None else kind,
+            data_location=TensorProto.EXTERNAL,
+        )
+        where = {"location": self.path.name, "offset": self._file.tell(), "length": array.nbytes}
+        for key, value in where.items():
+            tensor.external_data.add(key=key, value=str(value))
+        array.tofile(self._file)
+        return tensor
+
+    def flush(self) -> None:
+        """Have everything on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Nothing more is to come."""
+        self._file.close()
+
+
+class Graph:
+    """A graph in the making; values are known by their names."""
+
+    def __init__(self, data: DataFile, opset: int = OPSET) -> None:
+        self.data, self._opset = data, opset
+        self._proto = onnx.GraphProto(name="dualfocus")
+        self._weights: dict[str, TensorProto] = {}
+
+    def input(self, name: str, kind: int, shape: Sequence[str | int]) -> str:
+        """Declare an input."""
+        self._proto.input.append(helper.make_tensor_value_info(name, kind, shape))
+        return name
+
+    def output(self, name: str, kind: int, shape: Sequence[str | int]) -> None:
+        """Declare an output, which some node makes."""
+        self._proto.output.append(helper.make_tensor_value_info(name, kind, shape))
+
+    def declare(self, value: onnx.ValueInfoProto, *, output: bool = False) -> None:
+        """An input or an output as another graph declares it."""
+        (self._proto.output if output else self._proto.input).append(value)
+
+    def weight(self, name: str, array: Array) -> str:
+        """A constant: of a name already taken, the one that is there."""
+        if name not in self._weights:
+            if array.nbytes > INLINE_BYTES:
+                self._weights[name] = self.data.store(name, np.ascontiguousarray(array))
+            else:
+                self._weights[name] = onnx.numpy_helper.from_array(np.ascontiguousarray(array), name)
+        return name
+
+    def keep(self, tensors: Iterable[TensorProto]) -> None:
+        """Constants that are in the data file already."""
+        self._weights |= {tensor.name: tensor for tensor in tensors}
+
+    def add(
+        self,
+        kind: str,
+        inputs: Sequence[str],
+        outputs: str | Sequence[str],
+        domain: str = "",
+        **attributes: Any,
+    ) -> str:
+        """Add a node; returns its first output."""
+        names = [outputs] if isinstance(outputs, str) else list(outputs)
+        node = helper.make_node(kind, inputs, names, name=names[0], domain=domain, **attributes)
+        self._proto.node.append(node)
+        return names[0]
+
+    def copy(self, node: onnx.NodeProto) -> None:
+        """Add a node of another graph, whose values have the same names here."""
+        self._proto.node.append(node)
+
+    def has(self, value: str) -> bool:
+        """Whether some node gives `value`."""
+        return any(value in node.output for node in self._proto.node)
+
+    def model(self) -> onnx.ModelProto:
+        """The graph as a model."""
+        self._proto.initializer.extend(self._weights.values())
+        return _model(self._proto, self._opset)
+
+
+def _model(graph: onnx.GraphProto, opset: int) -> onnx.ModelProto:
+    opsets = [helper.make_opsetid("", opset)]
+    if any(node.domain == MICROSOFT for node in graph.node):
+        opsets.append(helper.make_opsetid(MICROSOFT, 1))
+    return helper.make_model(
+        graph,
+        opset_imports=opsets,
+        ir_version=IR_VERSION,
+        producer_name="dualfocus",
+        producer_version=__version__,
+    )
+
+
+def joined(parts: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
+    """One model of several, each of which goes on with what the one before it gave out.
+
+    What several have by one name is the same, and is there once.
+    """
+    made = {value.name for part in parts for value in part.graph.output}
+    taken = {value.name for part in parts for value in part.graph.input}
+    graph = onnx.GraphProto(name="dualfocus")
+    seen: set[str] = set()
+    for part in parts:
+        new_nodes = [node for node in part.graph.node if node.output[0] not in seen]
+        seen |= {node.output[0] for node in new_nodes}
+        graph.node.extend(new_nodes)
+        graph.output.extend(value for value in part.graph.output if value.name not in taken)
+        for group, values in ((graph.input, part.graph.input), (graph.initializer, part.graph.initializer)):
+            new = [value for value in values if value.name not in seen | made]
+            seen |= {value.name for value in new}
+            group.extend(new)
+    return _model(graph, parts[0].opset_import[0].version)
+
+
+def end_of_data(parts: Sequence[onnx.ModelProto]) -> int:
+    """Where in their data file the weights of `parts` end."""
+    places = [
+        {entry.key: entry.value for entry in tensor.external_data}
+        for part in parts
+        for tensor in part.graph.initializer
+        if tensor.external_data
+    ]
+    return max((int(place["offset"]) + int(place["length"]) for place in places), default=0)

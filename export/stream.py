@@ -1,0 +1,232 @@
+"""A checkpoint -> a bundle's files, a layer at a time, and on from where it was interrupted.
+
+Each tensor is read once. What it becomes is on the disk, and was compared with torch, before the next layer
+comes, so that a model of any size takes the memory of one layer and the time of one pass.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+
+from dualfocus.export import verify
+from dualfocus.export.checkpoint import EMBEDDINGS, HEAD, NORM, Checkpoint
+from dualfocus.export.decoder import DecoderGraphs, Head, Layer, Linear
+from dualfocus.export.errors import ExportError
+from dualfocus.export.graph import DataFile, end_of_data, joined
+from dualfocus.export.quantize import decoder_form
+from dualfocus.export.rotate import Rotation
+from dualfocus.export.verify import Difference, TorchDecoder, Trial
+from dualfocus.export.vision import PARTS, export_vision, read_tower, store_vision
+from dualfocus.runtime.engines import Floats
+from dualfocus.runtime.manifest import Manifest
+
+Watch = Callable[[str, int, int], object]  # what is being done, how many weights are done, and of how many
+
+LAYERS = "model.language_model.layers."
+NOTE = "export.json"
+
+
+class Export:
+    """One export on its way, in a folder.
+
+    ``state.{i}.npz`` is there once everything before layer i is on the disk, and is what it takes to go on
+    from there. It, the parts of the decoder's graph and the note of what is exported are gone in the end.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        manifest: Manifest,
+        folder: Path,
+        progress: Callable[[str], None],
+        watch: Watch,
+    ) -> None:
+        self._checkpoint, self._manifest, self._folder = checkpoint, manifest, folder
+        self._say, self._watch = progress, watch
+        self._sizes = {name: math.prod(checkpoint.weights.shapes[name]) for name in checkpoint.names}
+        self._done = 0
+        # float16 stored as float16 is what it was
+        self._is_exact = manifest.precision == "fp32" or (
+            manifest.precision == "fp16" and checkpoint.weights.is_half
+        )
+        self._seed = 0
+
+    def needs(self) -> int:
+        """Bytes on the disk that the export takes at its largest, about."""
+        spec, precision = self._manifest.decoder, self._manifest.precision
+        tower = 4 * sum(size for name, size in self._sizes.items() if name.startswith(PARTS))
+        total = 2 * tower + self._sizes[EMBEDDINGS] * (2 if self._checkpoint.weights.is_half else 4)
+        for name, shape in self._checkpoint.weights.shapes.items():
+            if name.startswith(LAYERS) and len(shape) == 2:
+                layer, *_, module, _ = name.removeprefix(LAYERS).split(".")
+                part = {"o_proj": "project", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+                form = decoder_form(precision, part.get(module, "qkv"), int(layer), spec.layers)  # type: ignore[arg-type]
+                total += form.nbytes(*shape)
+        return total + decoder_form(precision, "head", 0, spec.layers).nbytes(spec.vocabulary, spec.hidden)
+
+    def begin(self, *, resume: bool) -> None:
+        """Empty the folder, or see that what is in it is the beginning of this export."""
+        told = {"manifest": self._manifest.to_dict(), "weights": self._checkpoint.weights.identity}
+        note = self._folder / NOTE
+        if resume and note.is_file():
+            found = json.loads(note.read_text(encoding="utf-8"))
+            self._seed = found.pop("seed")
+            if found != json.loads(json.dumps(told)):
+                raise ExportError(
+                    f"{self._folder} is the beginning of another export: this one can only begin anew, "
+                    "without --resume"
+                )
+            return
+        for path in self._folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if (
+            self._is_exact
+        ):  # rounded weights are always tried on the same, so that two exports can be compared
+            self._seed = int.from_bytes(os.urandom(4))
+        note.write_text(json.dumps(told | {"seed": self._seed}), encoding="utf-8")
+
+    def run(self) -> None:
+        """Write all files but the manifest, or those that are not there yet."""
+        if not (states := list(self._folder.glob("state.*.npz"))):
+            self._export_vision()
+            states = [self._state(0)]
+        first = max(int(path.suffixes[0][1:]) for path in states)
+        if first:
+            self._say(f"going on behind layer {first} of {self._manifest.decoder.layers}")
+        self._export_decoder(first)
+        # the note goes first: without it, nothing is resumed
+        scraps = [self._folder / NOTE, *self._folder.glob("part.*.onnx"), *self._folder.glob("state.*.npz")]
+        for path in scraps:
+            path.unlink()
+
+    def _export_vision(self) -> None:
+        """Everything before the decoder, and what the decoder is to be tried on."""
+        manifest, weights, folder = self._manifest, self._checkpoint.weights, self._folder
+        self._tell("vision", *PARTS)
+        tower = read_tower(self._checkpoint.config, weights)
+        pixels = verify.pictures(len(verify.QUESTIONS), manifest.image.size, self._seed)
+        features = verify.image_features(tower, pixels)
+        exact = folder / "tower"
+        exact.mkdir(exist_ok=True)
+        export_vision(tower, exact / "vision.onnx")
+        del tower
+        store_vision(exact / "vision.onnx", folder / "vision.onnx", manifest.precision)
+        for n in (1, len(pixels)):
+            place = folder if self._is_exact else exact
+            got = verify.encode(place / "vision.onnx", pixels[:n])
+            what = f"vision, {n} picture{'s' * (n > 1)}"
+            self._say(str(Difference.between(what, got, features[:n]).check()))
+        if not self._is_exact:
+            got = np.concatenate([verify.encode(folder / "vision.onnx", pixels[i : i + 1]) for i in range(n)])
+            error = Difference.rounded("vision", got, features).check().error
+            self._say(f"vision: image tokens {100 * error:.2g} % away from float32's (relative L2)")
+        shutil.rmtree(exact)
+
+        self._tell("embeddings", EMBEDDINGS)
+        table = weights.read(EMBEDDINGS).numpy()
+        np.save(folder / "embeddings.npy", table.astype(np.float16) if weights.is_half else table)
+        self._checkpoint.tokenizer.save(str(folder / "tokenizer.json"))
+        self._keep(0, Trial.begin(manifest, self._checkpoint.tokenizer, table, features, self._seed))
+
+    def _export_decoder(self, first: int) -> None:
+        """The layers from `first` on, and the head."""
+        spec, weights, config = self._manifest.decoder, self._checkpoint.weights, self._checkpoint.config
+        with np.load(self._state(first)) as state:
+            trial = Trial(**state)
+        parts = [onnx.load(self._part(i), load_external_data=False) for i in range(first)]
+        data = DataFile(self._folder / "decoder.onnx.data", end_of_data(parts))
+        torch_decoder = TorchDecoder(config.text_config)
+        graphs = DecoderGraphs(
+            spec, config.text_config, self._manifest.precision, data, torch_decoder.rotary(spec.context)
+        )
+        rotation = Rotation(spec) if self._manifest.precision == "int8" else None
+        for i in range(spec.layers):
+            prefix = f"{LAYERS}{i}."
+            self._tell(f"layer {i + 1} of {spec.layers}", prefix)
+            if i < first:
+                graphs.share(parts[i])
+                continue
+            tensors = {
+                name.removeprefix(prefix): weights.read(name)
+                for name in self._checkpoint.names
+                if name.startswith(prefix)
+            }
+            exact = torch_decoder.layer(tensors, trial.exact)
+            layer = Layer.of(tensors)
+            if rotation:
+                rotation.layer(i, layer)
+            parts.append(graphs.layer(i, layer, rotation.entrance if rotation and i == 0 else None))
+            onnx.save(parts[i], self._part(i))
+            data.flush()
+            trial = trial.through(self._part(i), spec, exact)
+            basis = rotation.stream.numpy() if rotation else None
+            for what, got, expected, _ in trial.reached(ragged_append=spec.ragged_append):
+                self._difference(
+                    f"decoder behind layer {i + 1}, {what}",
+                    got,
+                    expected if basis is None else expected @ basis,
+                )
+            self._keep(i + 1, trial)
+
+        self._tell("head", NORM, HEAD)
+        norm = weights.read(NORM)
+        if self._checkpoint.tied:
+            table = np.load(self._folder / "embeddings.npy", mmap_mode="r")
+            matrix = torch.from_numpy(table.astype(np.float32))
+        else:
+            matrix = weights.read(HEAD)
+        reached = [
+            (what, got[text][None], torch_decoder.head(norm, matrix, expected[text][None]))
+            for what, got, expected, text in trial.reached(ragged_append=spec.ragged_append)
+        ]
+        head = Head(norm.clone(), Linear(matrix))
+        if rotation:
+            rotation.head(head)
+        parts.append(graphs.head(head))
+        data.flush()
+        onnx.save(parts[-1], self._part(spec.layers))
+        session = verify.Session(self._part(spec.layers), spec, 1, 0)
+        for i, (what, states, expected) in enumerate(reached):
+            logits = session.append(states, [0])
+            difference = self._difference(f"decoder, {what}", logits, expected)
+            if self._is_exact:
+                self._say(str(difference))
+            elif i == 0:
+                self._say(verify.rounding(logits[0], expected[0]))
+        data.close()
+        model = joined(parts)
+        onnx.save(model, self._folder / "decoder.onnx")
+        onnx.checker.check_model(self._folder / "decoder.onnx")
+        self._tell("hashing")
+
+    def _difference(self, what: str, got: Floats, expected: Floats) -> Difference:
+        measure = Difference.between if self._is_exact else Difference.rounded
+        return measure(what, got, expected).check()
+
+    def _keep(self, i: int, trial: Trial) -> None:
+        """Everything before layer `i` is there: put down what it takes to go on."""
+        unfinished = self._folder / "state.npz.unfinished"
+        with unfinished.open("wb") as file:
+            np.savez(file, **vars(trial))
+        unfinished.rename(self._state(i))
+        self._state(i - 1).unlink(missing_ok=True)
+
+    def _state(self, i: int) -> Path:
+        return self._folder / f"state.{i}.npz"
+
+    def _part(self, i: int) -> Path:
+        return self._folder / f"part.{i}.onnx"
+
+    def _tell(self, doing: str, *of: str) -> None:
+        """Say that `doing` begins; the tensors whose names begin with one of `of` are done with it."""
+        self._watch(doing, self._done, sum(self._sizes.values()))
+        self._done += sum(size for name, size in self._sizes.items() if name.startswith(of))

@@ -66,7 +66,7 @@ def with_pillow(image: Image.Image, box: Box) -> Floats:
 def with_kernel(isa: str, picture: npt.NDArray[np.uint8], box: Box) -> Floats:
     """The kernel's path `isa`."""
     kernels.force_isa(isa)
-    return kernels.crop_resize(picture, box, SIZE, pad=PAD, mean=MEAN, std=STD)
+    return kernels.crop_resize(picture, box, SIZE, fit=PAD, mean=MEAN, std=STD)
 
 
 def with_opencv(picture: npt.NDArray[np.uint8], box: Box) -> Floats:
@@ -130,10 +130,10 @@ def run(rounds: int, watch: Watch = lambda *_: None) -> dict[str, Any]:
     image = Image.fromarray(picture)
     cases = {}
     for name, box in CASES.items():
-        want = reference.crop_resize_u8(picture, box, SIZE, pad=PAD)
+        want = reference.crop_resize_u8(picture, box, SIZE, fit=PAD)
         for isa in kernels.available():
             kernels.force_isa(isa)
-            if not np.array_equal(kernels.crop_resize_u8(picture, box, SIZE, pad=PAD), want):
+            if not np.array_equal(kernels.crop_resize_u8(picture, box, SIZE, fit=PAD), want):
                 raise RuntimeError(f"{isa} on {name}: not the pixels that Pillow makes")
         timings = harness.interleaved(candidates(picture, image, box), rounds, watch=watch)
         kernels.force_isa(None)

@@ -388,7 +388,7 @@ def _load_tokenizer(folder: Path) -> tuple[Tokenizer, int | None, int | None]:
 def _image(checkpoint: Checkpoint) -> dict[str, Any]:
     """`ImageSpec` as a dict, from the preprocessor's file and the tower."""
     processor, size = checkpoint.preprocessor, checkpoint.config.vision_config.image_size
-    expected = {"do_resize": True, "do_normalize": True, "resample": BICUBIC}
+    expected = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": BICUBIC}
     for key, value in expected.items():
         if processor.get(key, value) != value:
             raise ExportError(f"preprocessor_config.json: {key} is {processor[key]!r}, expected {value!r}")
@@ -396,15 +396,19 @@ def _image(checkpoint: Checkpoint) -> dict[str, Any]:
         raise ExportError(
             f"preprocessor_config.json: rescale_factor is {processor['rescale_factor']}, expected 1/255"
         )
+    target, cut = processor.get("size"), processor.get("do_center_crop", True)
     if processor.get("do_pad"):
-        fit, keys = "pad", ["size"]
-    elif processor.get("do_center_crop", True):
-        fit, keys = "crop", ["size", "crop_size"]
+        fit = "pad"
+    elif isinstance(target, dict) and "height" in target:  # else it is the shortest edge that is resized
+        fit = "stretch"
+    elif cut:
+        fit = "crop"
     else:
         raise ExportError(
-            "preprocessor_config.json: neither do_pad nor do_center_crop is set, expected one of them"
+            "preprocessor_config.json: neither do_pad nor do_center_crop is set, expected one of them, "
+            "or a size of height and width"
         )
-    for key in keys:
+    for key in ("size", "crop_size") if cut else ("size",):
         value = processor.get(key, size)
         if set(value.values() if isinstance(value, dict) else [value]) != {size}:
             raise ExportError(f"preprocessor_config.json: {key} is {value}, expected the tower's {size}")

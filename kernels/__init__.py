@@ -1,17 +1,18 @@
-"""One call from a picture to a model's input: crop, pad, bicubic resize, normalise.
+"""One call from a picture to a model's input: crop, fit into a square, bicubic resize, normalise.
 
-``crop_resize_u8(picture, box, size, pad=colour)`` equals, bit for bit, Pillow's
+``crop_resize_u8(picture, box, size, fit=colour)`` equals, bit for bit, Pillow's
 ``pad_square(picture.crop(box), colour).resize((size, size), BICUBIC)``: the filter's taps never leave the
-crop. With ``pad=None`` it equals Hugging Face's CLIPImageProcessor instead: the shorter edge resized to
-``size``, then the centre cut out. ``crop_resize`` is the same followed by the usual normalisation.
-`reference` is the same rule in Pillow, to read and to test against.
+crop. With ``fit="crop"`` it equals Hugging Face's CLIPImageProcessor instead: the shorter edge resized to
+``size``, then the centre cut out. With ``fit="stretch"`` it equals SiglipImageProcessor:
+``picture.crop(box).resize((size, size), BICUBIC)``, each side by its own factor. ``crop_resize`` is the same
+followed by the usual normalisation. `reference` is the same rule in Pillow, to read and to test against.
 
 The work is done in C (crop.h), by the best of the paths that the processor can run: "avx512", "avx2", "neon",
 "scalar". All give the same bits. The environment variable DUALFOCUS_ISA, or `force_isa`, picks one.
 
 The pixels are the same on every processor, and whatever Pillow is installed. Pillow's own are not, quite:
-before version 13 it took the two passes over a crop more than about twice as tall as wide in the other order,
-which shows with ``pad=None``.
+before version 13 it always resized the width first; the later ones and we begin with the height where that
+loses more than twice as many pixels. It shows in tall crops that are not padded.
 
 `stream_sum` has nothing to do with pictures: a benchmark measures with it how fast memory can be read.
 """
@@ -19,7 +20,7 @@ which shows with ``pad=None``.
 import functools
 import os
 from collections.abc import Sequence
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,8 @@ import numpy.typing as npt
 from dualfocus.kernels import _crop
 
 __all__ = ["available", "crop_resize", "crop_resize_u8", "force_isa", "isa", "stream_sum"]
+
+Fit = Sequence[SupportsIndex] | Literal["crop", "stretch"]  # a sequence: the colour to pad with
 
 _forced: str | None = None
 
@@ -36,17 +39,18 @@ def crop_resize_u8(
     box: Sequence[SupportsIndex],
     size: int,
     *,
-    pad: Sequence[SupportsIndex] | None,
+    fit: Fit,
 ) -> npt.NDArray[np.uint8]:
     """The crop as a model sees it, before normalisation: (size, size, 3) uint8.
 
     picture: (H, W, 3) uint8, the rows packed and any distance apart. box: whole pixels (x0, y0, x1, y1),
-    half-open, inside the picture, no side above 2^24. size: 1 to 16384. pad: the colour (r, g, b), 0 to 255,
-    that makes the crop a centred square; None for shortest edge, then centre crop.
+    half-open, inside the picture, no side above 2^24. size: 1 to 16384. fit: the colour (r, g, b), 0 to 255,
+    that makes the crop a centred square; "crop" for shortest edge, then centre crop; "stretch" for each side
+    by itself.
 
     Raises ValueError for anything else, saying what was found and what was expected.
     """
-    pixels = _crop.resize(picture, box, size, pad, None, isa())
+    pixels = _crop.resize(picture, box, size, fit, None, isa())
     return np.frombuffer(pixels, np.uint8).reshape(size, size, 3)
 
 
@@ -55,7 +59,7 @@ def crop_resize(
     box: Sequence[SupportsIndex],
     size: int,
     *,
-    pad: Sequence[SupportsIndex] | None,
+    fit: Fit,
     mean: Sequence[float],
     std: Sequence[float],
     dtype: npt.DTypeLike = np.float32,
@@ -66,7 +70,7 @@ def crop_resize(
     `dtype`. Raises ValueError as `crop_resize_u8` does, and for any mean, std or dtype that is not usable.
     """
     table = _normalisation(_triple("mean", mean), _triple("std", std), _float_type(dtype))
-    pixels = _crop.resize(picture, box, size, pad, table, isa())
+    pixels = _crop.resize(picture, box, size, fit, table, isa())
     return np.frombuffer(pixels, table.dtype).reshape(3, size, size)
 
 

@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -8,7 +8,7 @@ def resize(
     picture: npt.NDArray[np.uint8],
     box: Sequence[SupportsIndex],
     size: SupportsIndex,
-    pad: Sequence[SupportsIndex] | None,
+    fit: Sequence[SupportsIndex] | Literal["crop", "stretch"],
     table: npt.NDArray[Any] | None,
     isa: str,
 ) -> bytearray: ...

@@ -124,21 +124,29 @@ static int read_size(PyObject *size, crop_request *request)
     return 1;
 }
 
-static int read_pad(PyObject *pad, crop_request *request, uint8_t colour[3])
+static int read_fit(PyObject *fit, crop_request *request)
 {
     Py_ssize_t values[3];
-    if (pad == Py_None)
+    if (PyUnicode_Check(fit)) {
+        int crop = PyUnicode_CompareWithASCIIString(fit, "crop") == 0;
+        if (!crop && PyUnicode_CompareWithASCIIString(fit, "stretch") != 0) {
+            PyErr_Format(PyExc_ValueError, "fit must be 'crop', 'stretch' or (red, green, blue), got %R",
+                         fit);
+            return 0;
+        }
+        request->fit = crop ? CROP_CENTRE : CROP_STRETCH;
         return 1;
-    if (!whole_numbers(pad, "pad", "(red, green, blue)", 3, values))
+    }
+    if (!whole_numbers(fit, "fit", "'crop', 'stretch' or (red, green, blue)", 3, values))
         return 0;
     for (int c = 0; c < 3; c++) {
         if (values[c] < 0 || values[c] > 255) {
-            PyErr_Format(PyExc_ValueError, "pad must be three values of 0 to 255, got %R", pad);
+            PyErr_Format(PyExc_ValueError, "fit must be three values of 0 to 255, got %R", fit);
             return 0;
         }
-        colour[c] = (uint8_t)values[c];
+        request->pad[c] = (uint8_t)values[c];
     }
-    request->pad = colour;
+    request->fit = CROP_PAD;
     return 1;
 }
 
@@ -164,26 +172,25 @@ static PyObject *run(const crop_request *request, const crop_isa *isa)
 }
 
 PyDoc_STRVAR(resize_doc,
-             "resize(picture, box, size, pad, table, isa) -> bytearray\n\n"
+             "resize(picture, box, size, fit, table, isa) -> bytearray\n\n"
              "table None: (size, size, 3) bytes. A contiguous (3, 256) array of 2- or 4-byte items:\n"
              "(3, size, size) of its items.");
 
 static PyObject *resize(PyObject *Py_UNUSED(module), PyObject *args)
 {
-    PyObject *picture, *box, *size, *pad, *table, *result = NULL;
+    PyObject *picture, *box, *size, *fit, *table, *result = NULL;
     const char *isa_name;
-    if (!PyArg_ParseTuple(args, "OOOOOs", &picture, &box, &size, &pad, &table, &isa_name))
+    if (!PyArg_ParseTuple(args, "OOOOOs", &picture, &box, &size, &fit, &table, &isa_name))
         return NULL;
     const crop_isa *isa = find_isa(isa_name);
     if (!isa)
         return PyErr_Format(PyExc_ValueError, "this processor has no path named '%s'", isa_name);
 
     crop_request request = {0};
-    uint8_t colour[3];
     Py_buffer picture_view, table_view;
     if (!read_picture(picture, &request, &picture_view))
         return NULL;
-    if (read_box(box, &request) && read_size(size, &request) && read_pad(pad, &request, colour)) {
+    if (read_box(box, &request) && read_size(size, &request) && read_fit(fit, &request)) {
         if (table == Py_None)
             result = run(&request, isa);
         else if (PyObject_GetBuffer(table, &table_view, PyBUF_ND) == 0) {

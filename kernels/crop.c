@@ -91,9 +91,14 @@ static void plan(const crop_request *q, geometry *across, geometry *down)
 {
     int64_t width = (int64_t)q->x1 - q->x0, height = (int64_t)q->y1 - q->y0;
     int64_t shorter = width < height ? width : height, longer = width < height ? height : width;
-    if (q->pad) {
+    if (q->fit == CROP_PAD) {
         *across = (geometry){longer, q->size, 0, (longer - width) / 2, width};
         *down = (geometry){longer, q->size, 0, (longer - height) / 2, height};
+        return;
+    }
+    if (q->fit == CROP_STRETCH) {
+        *across = (geometry){width, q->size, 0, 0, width};
+        *down = (geometry){height, q->size, 0, 0, height};
         return;
     }
     /* Hugging Face's get_resize_output_image_size: int(size * long / short), a true division, truncated. */
@@ -379,7 +384,7 @@ void crop_resize(const crop_request *q, const crop_isa *isa, void *scratch, void
     build_axis(&w.down, &down, w.window);
     for (int32_t x = 0; x < q->size; x++)
         for (int c = 0; c < 4; c++)
-            w.bias[x][c] = HALF + (q->pad && c < 3 ? q->pad[c] * w.across.pad_weight[x] : 0);
+            w.bias[x][c] = HALF + (c < 3 ? q->pad[c] * w.across.pad_weight[x] : 0);
     if (isa->pack)
         isa->pack(w.across.weights, (size_t)q->size * w.across.stride / BLOCK);
     if (down.crop < down.length)

@@ -1,10 +1,11 @@
-/* Crop, pad, resize and normalise a picture in one pass.
+/* Crop, fit into a square, resize and normalise a picture in one pass.
  *
  * The result equals Pillow's, bit for bit:
  *
  *     crop = picture.crop(box)
- *     pad given:  centre the crop on a square of the pad colour, resize((size, size), BICUBIC)
- *     pad NULL:   resize the shorter edge to `size` (BICUBIC), cut the central size x size out
+ *     CROP_PAD:     centre the crop on a square of the pad colour, resize((size, size), BICUBIC)
+ *     CROP_CENTRE:  resize the shorter edge to `size` (BICUBIC), cut the central size x size out
+ *     CROP_STRETCH: crop.resize((size, size), BICUBIC), whatever becomes of its shape
  *
  * yet neither the crop, nor the square, nor the resized picture is ever made: the filter reads the picture
  * where it lies, and the padding enters as a constant times the weight that falls on it.
@@ -23,6 +24,8 @@ enum {
     CROP_SIDE_MAX = 1 << 24, /* Pillow takes boxes as floats, which count no further than this */
 };
 
+typedef enum { CROP_PAD, CROP_CENTRE, CROP_STRETCH } crop_fit;
+
 typedef struct {
     const uint8_t *pixels; /* the picture's first pixel; RGB, three bytes a pixel */
     ptrdiff_t row_stride;  /* bytes from one row to the next; may be negative */
@@ -30,7 +33,8 @@ typedef struct {
 
     int32_t x0, y0, x1, y1; /* half-open, inside the picture, not empty, no side above CROP_SIDE_MAX */
     int32_t size;           /* output side, 1 .. CROP_SIZE_MAX */
-    const uint8_t *pad;     /* three bytes; NULL: shortest edge, then centre crop */
+    crop_fit fit;
+    uint8_t pad[3]; /* red, green, blue; shows with CROP_PAD alone */
 
     /* NULL: the output is bytes, (size, size, 3). Else (3, 256) items of `item_size` 2 or 4 bytes:
      * the output is planar, (3, size, size), and item [c][v] stands for the value v of channel c. */

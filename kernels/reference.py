@@ -1,7 +1,7 @@
 """The truth that the kernel is tested against: the same functions, in Pillow and NumPy, step by step."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -42,13 +42,15 @@ def crop_resize_u8(
     box: tuple[int, int, int, int],
     size: int,
     *,
-    pad: tuple[int, int, int] | None,
+    fit: tuple[int, int, int] | Literal["crop", "stretch"],
 ) -> npt.NDArray[np.uint8]:
     """(H, W, 3) uint8 -> (size, size, 3) uint8."""
     crop = Image.fromarray(picture).crop(box)
-    if pad is None:
+    if fit == "crop":
         return np.asarray(shortest_edge(crop, size))
-    return np.asarray(pad_square(crop, pad).resize((size, size), BICUBIC))
+    if fit == "stretch":
+        return np.asarray(resize(crop, size, size))
+    return np.asarray(pad_square(crop, fit).resize((size, size), BICUBIC))
 
 
 def crop_resize(
@@ -56,12 +58,12 @@ def crop_resize(
     box: tuple[int, int, int, int],
     size: int,
     *,
-    pad: tuple[int, int, int] | None,
+    fit: tuple[int, int, int] | Literal["crop", "stretch"],
     mean: Sequence[float],
     std: Sequence[float],
     dtype: npt.DTypeLike = np.float32,
 ) -> npt.NDArray[Any]:
     """(H, W, 3) uint8 -> (3, size, size) in `dtype`, computed in float64 and rounded once."""
-    values = crop_resize_u8(picture, box, size, pad=pad) / 255
+    values = crop_resize_u8(picture, box, size, fit=fit) / 255
     normalised: npt.NDArray[Any] = (values - np.array(mean)) / np.array(std)
     return normalised.transpose(2, 0, 1).astype(dtype)

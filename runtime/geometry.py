@@ -33,7 +33,7 @@ class Box:
     """Corners in a space: "pixels" of the upright picture, or one of a manifest's coordinate spaces.
 
     "original": fractions of the picture's width and height. "padded": fractions of the square the
-    picture is centred in. "model": pixels of the model's S x S input.
+    picture is centred in, or stretched to. "model": pixels of the model's S x S input.
     """
 
     x0: float
@@ -70,6 +70,9 @@ def _to_pixels(
         resized = [image.size * side // short for side in (width, height)]
         (x, y), (left, top) = resized, [(side - image.size) // 2 for side in resized]
         return (width / x, left * width / x), (height / y, top * height / y)
+    if image.fit == "stretch":
+        parts = image.size if space == "model" else 1
+        return (width / parts, 0), (height / parts, 0)
     side = max(width, height)
     scale = side / (image.size if space == "model" else 1)
     return (scale, -((side - width) // 2)), (scale, -((side - height) // 2))

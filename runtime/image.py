@@ -34,7 +34,8 @@ def whole(picture: Picture) -> Crop:
 
 def view(picture: Picture, crop: Crop, image: ImageSpec) -> npt.NDArray[np.float32]:
     """What the vision tower sees of a crop, taken from the full-resolution pixels: (1, 3, S, S)."""
-    pixels = crop_resize(picture, crop, image.size, pad=image.pad_colour, mean=image.mean, std=image.std)
+    fit = image.pad_colour if image.fit == "pad" else image.fit
+    pixels = crop_resize(picture, crop, image.size, fit=fit, mean=image.mean, std=image.std)
     seen: npt.NDArray[np.float32] = pixels[None]
     return seen
 

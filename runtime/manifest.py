@@ -26,7 +26,7 @@ from dualfocus.runtime.errors import BundleError
 
 FORMAT_VERSION = 3
 
-Fit = Literal["pad", "crop"]
+Fit = Literal["pad", "crop", "stretch"]
 CoordinateSpace = Literal["original", "padded", "model"]
 SelectRule = Literal["reference", "answer"]
 Precision = Literal["fp32", "fp16", "int8", "int4"]
@@ -48,13 +48,13 @@ class ImageSpec:
     tokens: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    fit: Fit  # "pad": to a square with the mean colour; "crop": shortest edge to `size`, then centre crop
+    # "pad": to a square with the mean colour; "crop": shortest edge to `size`, then centre crop; "stretch":
+    # each side to `size`
+    fit: Fit
 
     @property
-    def pad_colour(self) -> tuple[int, int, int] | None:
-        """The processor's mean as bytes, truncated as the original does; None where nothing is padded."""
-        if self.fit == "crop":
-            return None
+    def pad_colour(self) -> tuple[int, int, int]:
+        """What "pad" fills with: the processor's mean as bytes, truncated as the original does."""
         red, green, blue = (int(channel * 255) for channel in self.mean)
         return red, green, blue
 

@@ -65,8 +65,9 @@ int main(int argc, char **argv)
         }
         random_span(q.width, &q.x0, &q.x1);
         random_span(q.height, &q.y0, &q.y1);
-        uint8_t pad[3] = {(uint8_t)random_below(256), (uint8_t)random_below(256), (uint8_t)random_below(256)};
-        q.pad = random_below(3) ? pad : NULL;
+        for (int c = 0; c < 3; c++)
+            q.pad[c] = (uint8_t)random_below(256);
+        q.fit = (crop_fit)random_below(3);
 
         size_t item = (size_t)1 << random_below(3);
         uint8_t *table = item == 1 ? NULL : block(768 * item);
@@ -89,9 +90,9 @@ int main(int argc, char **argv)
                 continue;
             }
             if (memcmp(got, want, bytes) != 0) {
-                printf("case %d: %s differs from scalar: %d x %d, box %d %d %d %d, size %d, pad %d, item %zu\n",
+                printf("case %d: %s differs from scalar: %d x %d, box %d %d %d %d, size %d, fit %d, item %zu\n",
                        n, crop_isa_name(crop_isa_at(paths)), q.width, q.height, q.x0, q.y0, q.x1, q.y1, q.size,
-                       q.pad != NULL, item);
+                       (int)q.fit, item);
                 return 1;
             }
             free(got);

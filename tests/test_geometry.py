@@ -25,8 +25,8 @@ def find(reply: str, width: int = 1000, height: int = 800, space: str = "origina
 
 
 @given(
-    st.sampled_from(SPACES), st.sampled_from(SPACES), st.sampled_from(["pad", "crop"]), sides, sides,
-    st.tuples(fractions, fractions, fractions, fractions),
+    st.sampled_from(SPACES), st.sampled_from(SPACES), st.sampled_from(["pad", "crop", "stretch"]),
+    sides, sides, st.tuples(fractions, fractions, fractions, fractions),
 )  # fmt: skip
 def test_a_box_comes_back_from_every_space(there, back, fit, width, height, corners):
     box = convert(Box(*corners, "original"), back, width, height, spec(fit))
@@ -45,6 +45,15 @@ def test_the_whole_picture_in_every_space(width, height):
     expected = np.array([left, top, left + width, top + height]) / side
     np.testing.assert_allclose(convert(pixels, "padded", width, height, spec()).corners, expected)
     np.testing.assert_allclose(convert(pixels, "model", width, height, spec()).corners, expected * 336)
+
+
+@given(sides, sides)
+def test_a_stretched_picture_fills_the_square(width, height):
+    box = Box(width / 4, height / 5, width / 2, height, "pixels")
+    padded = convert(box, "padded", width, height, spec("stretch")).corners
+    np.testing.assert_allclose(padded, (0.25, 0.2, 0.5, 1))
+    model = convert(box, "model", width, height, spec("stretch")).corners
+    np.testing.assert_allclose(model, (84, 67.2, 168, 336))
 
 
 @pytest.mark.parametrize(("width", "height"), [(1000, 600), (600, 1000), (500, 500), (337, 801)])

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from dualfocus.kernels import reference
 
 Pixels = npt.NDArray[np.uint8]
 Box = tuple[int, int, int, int]
+Fit = tuple[int, int, int] | Literal["crop", "stretch"]
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PAD = (122, 116, 104)
@@ -41,19 +42,19 @@ def whole(picture: Pixels) -> Box:
 
 
 @st.composite
-def crops(draw: st.DrawFn) -> tuple[Pixels, Box, int, tuple[int, int, int] | None]:
-    """A picture, a box in it, a size and a pad rule; sides of one pixel and extreme shapes among them."""
+def crops(draw: st.DrawFn) -> tuple[Pixels, Box, int, Fit]:
+    """A picture, a box in it, a size and a fit; sides of one pixel and extreme shapes among them."""
     side = st.one_of(st.integers(1, 5), st.integers(1, 60), st.integers(100, 250))
     width, height = draw(side), draw(side)
     x0, y0 = draw(st.integers(0, width - 1)), draw(st.integers(0, height - 1))
     x1, y1 = draw(st.integers(x0 + 1, width)), draw(st.integers(y0 + 1, height))
     size = draw(st.one_of(st.integers(1, 8), st.integers(1, 150)))
     byte = st.integers(0, 255)
-    pad = draw(st.one_of(st.none(), st.tuples(byte, byte, byte)))
-    if pad is None:  # the reference makes the whole resized picture
+    fit: Fit = draw(st.one_of(st.sampled_from(["crop", "stretch"]), st.tuples(byte, byte, byte)))
+    if fit == "crop":  # the reference makes the whole resized picture
         longer, shorter = max(x1 - x0, y1 - y0), min(x1 - x0, y1 - y0)
         size = min(size, max(1, 3000 * shorter // longer))
-    return noise(height, width, draw(st.integers(0, 9)), draw(st.booleans())), (x0, y0, x1, y1), size, pad
+    return noise(height, width, draw(st.integers(0, 9)), draw(st.booleans())), (x0, y0, x1, y1), size, fit
 
 
 # The fixture only sets a switch that no example changes, so that hypothesis's warning does not apply.
@@ -62,45 +63,48 @@ many = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCh
 
 @many
 @given(crops())
-def test_equals_pillow(case: tuple[Pixels, Box, int, tuple[int, int, int] | None]) -> None:
-    picture, box, size, pad = case
-    got = kernels.crop_resize_u8(picture, box, size, pad=pad)
-    np.testing.assert_array_equal(got, reference.crop_resize_u8(picture, box, size, pad=pad))
+def test_equals_pillow(case: tuple[Pixels, Box, int, Fit]) -> None:
+    picture, box, size, fit = case
+    got = kernels.crop_resize_u8(picture, box, size, fit=fit)
+    np.testing.assert_array_equal(got, reference.crop_resize_u8(picture, box, size, fit=fit))
 
 
 @many
 @given(crops(), st.sampled_from(["float32", "float16"]))
-def test_normalised_equals_the_formula(
-    case: tuple[Pixels, Box, int, tuple[int, int, int] | None], dtype: str
-) -> None:
-    picture, box, size, pad = case
-    got = kernels.crop_resize(picture, box, size, pad=pad, mean=CLIP_MEAN, std=CLIP_STD, dtype=dtype)
-    want = reference.crop_resize(picture, box, size, pad=pad, mean=CLIP_MEAN, std=CLIP_STD, dtype=dtype)
+def test_normalised_equals_the_formula(case: tuple[Pixels, Box, int, Fit], dtype: str) -> None:
+    picture, box, size, fit = case
+    got = kernels.crop_resize(picture, box, size, fit=fit, mean=CLIP_MEAN, std=CLIP_STD, dtype=dtype)
+    want = reference.crop_resize(picture, box, size, fit=fit, mean=CLIP_MEAN, std=CLIP_STD, dtype=dtype)
     assert got.dtype == dtype
     assert got.flags.c_contiguous
     np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "size", "pad"),
+    ("height", "width", "size", "fit"),
     [
         (1, 1, 1, PAD),
-        (1, 1, 336, None),
-        (900, 2, 24, None),
-        (2, 900, 24, None),
-        (500, 375, 336, None),
+        (1, 1, 336, "crop"),
+        (900, 2, 24, "crop"),
+        (2, 900, 24, "crop"),
+        (500, 375, 336, "crop"),
+        (1, 1, 336, "stretch"),
+        (20000, 1, 24, "stretch"),
+        (1, 20000, 24, "stretch"),
+        (500, 375, 336, "stretch"),
+        (337, 200, 336, "stretch"),  # the height loses a pixel, the width none: the height goes first
+        (400, 368, 336, "stretch"),  # exactly twice as many: the width does
+        (401, 368, 336, "stretch"),
         (375, 500, 336, PAD),
         (336, 336, 336, PAD),
         (112, 112, 336, PAD),  # whole factors: taps of weight exactly zero inside the window
         (1008, 1008, 336, PAD),
     ],
 )
-def test_equals_pillow_at_the_corners(
-    height: int, width: int, size: int, pad: tuple[int, int, int] | None
-) -> None:
+def test_equals_pillow_at_the_corners(height: int, width: int, size: int, fit: Fit) -> None:
     picture = noise(height, width, binary=True)
-    got = kernels.crop_resize_u8(picture, whole(picture), size, pad=pad)
-    np.testing.assert_array_equal(got, reference.crop_resize_u8(picture, whole(picture), size, pad=pad))
+    got = kernels.crop_resize_u8(picture, whole(picture), size, fit=fit)
+    np.testing.assert_array_equal(got, reference.crop_resize_u8(picture, whole(picture), size, fit=fit))
 
 
 @pytest.mark.parametrize("size", [1, 7, 336])
@@ -119,7 +123,7 @@ def test_equals_pillow_on_slivers(shape: tuple[int, int], size: int) -> None:
     rows = np.repeat(narrow[-1:], side, axis=0)
     rows[top : top + shape[0]] = narrow[:-1]
     want = np.asarray(Image.fromarray(rows).resize((size, size), reference.BICUBIC))
-    np.testing.assert_array_equal(kernels.crop_resize_u8(picture, whole(picture), size, pad=PAD), want)
+    np.testing.assert_array_equal(kernels.crop_resize_u8(picture, whole(picture), size, fit=PAD), want)
 
 
 @pytest.mark.parametrize(
@@ -139,32 +143,30 @@ def test_equals_pillow_on_slivers(shape: tuple[int, int], size: int) -> None:
     ],
 )
 @pytest.mark.parametrize("size", [24, 33, 100])
-def test_no_pad_equals_clip_image_processor(height: int, width: int, size: int) -> None:
+def test_crop_equals_clip_image_processor(height: int, width: int, size: int) -> None:
     transformers = pytest.importorskip("transformers")
     processor = transformers.CLIPImageProcessor(
         size={"shortest_edge": size}, crop_size=size, do_rescale=False, do_normalize=False
     )
     picture = noise(height, width)
     want = processor(picture, return_tensors="np", input_data_format="channels_last")["pixel_values"][0]
-    got = kernels.crop_resize_u8(picture, whole(picture), size, pad=None)
+    got = kernels.crop_resize_u8(picture, whole(picture), size, fit="crop")
     np.testing.assert_array_equal(got.transpose(2, 0, 1), want)
 
 
 @many
 @given(crops(), st.tuples(*[st.integers(0, 255)] * 3))
-def test_a_constant_stays_constant(
-    case: tuple[Pixels, Box, int, tuple[int, int, int] | None], colour: tuple[int, int, int]
-) -> None:
-    picture, box, size, pad = case
+def test_a_constant_stays_constant(case: tuple[Pixels, Box, int, Fit], colour: tuple[int, int, int]) -> None:
+    picture, box, size, fit = case
     flat = np.broadcast_to(np.array(colour, np.uint8), picture.shape).copy()
-    got = kernels.crop_resize_u8(flat, box, size, pad=None if pad is None else colour)
+    got = kernels.crop_resize_u8(flat, box, size, fit=fit if isinstance(fit, str) else colour)
     assert (got == np.array(colour)).all()
 
 
-@pytest.mark.parametrize("pad", [PAD, None])
-def test_an_unscaled_crop_is_exact(pad: tuple[int, int, int] | None) -> None:
+@pytest.mark.parametrize("fit", [PAD, "crop", "stretch"])
+def test_an_unscaled_crop_is_exact(fit: Fit) -> None:
     picture = noise(90, 120)
-    got = kernels.crop_resize_u8(picture, (13, 7, 77, 71), 64, pad=pad)
+    got = kernels.crop_resize_u8(picture, (13, 7, 77, 71), 64, fit=fit)
     np.testing.assert_array_equal(got, picture[7:71, 13:77])
 
 
@@ -172,11 +174,11 @@ def test_an_unscaled_crop_is_exact(pad: tuple[int, int, int] | None) -> None:
 def test_an_unscaled_crop_lies_in_the_middle_of_its_square(shape: tuple[int, int], where: slice) -> None:
     """An odd pixel of padding goes below or right."""
     picture = noise(*shape)
-    across = kernels.crop_resize_u8(picture, whole(picture), shape[1], pad=PAD)
+    across = kernels.crop_resize_u8(picture, whole(picture), shape[1], fit=PAD)
     want = np.broadcast_to(np.array(PAD, np.uint8), across.shape).copy()
     want[where] = picture
     np.testing.assert_array_equal(across, want)
-    down = kernels.crop_resize_u8(picture.swapaxes(0, 1).copy(), (0, 0, *shape), shape[1], pad=PAD)
+    down = kernels.crop_resize_u8(picture.swapaxes(0, 1).copy(), (0, 0, *shape), shape[1], fit=PAD)
     np.testing.assert_array_equal(down, want.swapaxes(0, 1))
 
 
@@ -184,8 +186,9 @@ def test_pixels_outside_the_box_do_not_show() -> None:
     picture = noise(80, 90)
     other = np.bitwise_not(picture)
     other[20:50, 30:70] = picture[20:50, 30:70]
-    for pad in (PAD, None):
-        one, two = (kernels.crop_resize_u8(p, (30, 20, 70, 50), 24, pad=pad) for p in (picture, other))
+    fits: tuple[Fit, ...] = (PAD, "crop", "stretch")
+    for fit in fits:
+        one, two = (kernels.crop_resize_u8(p, (30, 20, 70, 50), 24, fit=fit) for p in (picture, other))
         np.testing.assert_array_equal(one, two)
 
 
@@ -210,30 +213,30 @@ def views() -> dict[str, Pixels]:
 def test_rows_may_lie_anywhere(name: str) -> None:
     picture, view = noise(40, 50), views()[name]
     for box in [(0, 0, 50, 40), (3, 5, 50, 40), (0, 0, 9, 40)]:
-        want = kernels.crop_resize_u8(picture, box, 21, pad=PAD)
-        np.testing.assert_array_equal(kernels.crop_resize_u8(view, box, 21, pad=PAD), want)
+        want = kernels.crop_resize_u8(picture, box, 21, fit=PAD)
+        np.testing.assert_array_equal(kernels.crop_resize_u8(view, box, 21, fit=PAD), want)
 
 
 def test_one_row_repeated() -> None:
     """A row stride of zero."""
     row = noise(1, 50)
     repeated = np.broadcast_to(row, (40, 50, 3))
-    got = kernels.crop_resize_u8(repeated, whole(repeated), 21, pad=PAD)
-    np.testing.assert_array_equal(got, kernels.crop_resize_u8(repeated.copy(), whole(repeated), 21, pad=PAD))
+    got = kernels.crop_resize_u8(repeated, whole(repeated), 21, fit=PAD)
+    np.testing.assert_array_equal(got, kernels.crop_resize_u8(repeated.copy(), whole(repeated), 21, fit=PAD))
 
 
 def test_whole_numbers_of_any_kind() -> None:
     picture = noise(40, 50)
     box = np.array([3, 5, 30, 35])
-    got = kernels.crop_resize_u8(picture, box, np.int64(16), pad=list(np.array(PAD, np.uint8)))  # type: ignore[arg-type]
-    np.testing.assert_array_equal(got, kernels.crop_resize_u8(picture, (3, 5, 30, 35), 16, pad=PAD))
+    got = kernels.crop_resize_u8(picture, box, np.int64(16), fit=list(np.array(PAD, np.uint8)))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(got, kernels.crop_resize_u8(picture, (3, 5, 30, 35), 16, fit=PAD))
 
 
 def test_results_are_the_callers_own() -> None:
     picture = noise(40, 50)
-    first = kernels.crop_resize_u8(picture, whole(picture), 16, pad=PAD)
+    first = kernels.crop_resize_u8(picture, whole(picture), 16, fit=PAD)
     kept = first.copy()
-    second = kernels.crop_resize_u8(picture, (0, 0, 10, 10), 16, pad=PAD)
+    second = kernels.crop_resize_u8(picture, (0, 0, 10, 10), 16, fit=PAD)
     second[:] = 0
     np.testing.assert_array_equal(first, kept)
 
@@ -243,7 +246,7 @@ def test_threads_do_not_disturb_each_other() -> None:
     boxes = [(i, 2 * i, 400 - 3 * i, 300 - i) for i in range(40)]
 
     def crop(box: Box) -> npt.NDArray[Any]:
-        return kernels.crop_resize(picture, box, 48, pad=PAD, mean=CLIP_MEAN, std=CLIP_STD)
+        return kernels.crop_resize(picture, box, 48, fit=PAD, mean=CLIP_MEAN, std=CLIP_STD)
 
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(crop, boxes))
@@ -255,7 +258,7 @@ GOOD: dict[str, Any] = {
     "picture": noise(40, 50),
     "box": (0, 0, 50, 40),
     "size": 16,
-    "pad": PAD,
+    "fit": PAD,
     "mean": CLIP_MEAN,
     "std": CLIP_STD,
     "dtype": np.float32,
@@ -303,11 +306,14 @@ GOOD: dict[str, Any] = {
         ("size", 16.0, "whole number"),
         ("size", "16", "whole number"),
         ("size", None, "whole number"),
-        ("pad", (122, 116), r"\(red, green, blue\)"),
-        ("pad", 122, r"\(red, green, blue\)"),
-        ("pad", (122, 116, 256), "0 to 255"),
-        ("pad", (122, -1, 104), "0 to 255"),
-        ("pad", (122.0, 116, 104), "whole number"),
+        ("fit", (122, 116), r"\(red, green, blue\)"),
+        ("fit", 122, r"\(red, green, blue\)"),
+        ("fit", (122, 116, 256), "0 to 255"),
+        ("fit", (122, -1, 104), "0 to 255"),
+        ("fit", (122.0, 116, 104), "whole number"),
+        ("fit", None, r"'crop', 'stretch' or \(red, green, blue\) in whole numbers, got None"),
+        ("fit", "pad", r"'crop', 'stretch' or \(red, green, blue\), got 'pad'"),
+        ("fit", "", r"'crop', 'stretch' or \(red, green, blue\), got ''"),
         ("mean", (0.5, 0.5), "mean must be three numbers"),
         ("mean", 0.5, "mean must be three numbers"),
         ("mean", (0.5, "x", 0.5), "mean must be three numbers"),
@@ -325,8 +331,8 @@ GOOD: dict[str, Any] = {
 def test_bad_arguments(name: str, value: object, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         kernels.crop_resize(**{**GOOD, name: value})
-    if name in ("picture", "box", "size", "pad"):
-        bytes_only = {key: GOOD[key] for key in ("picture", "box", "size", "pad")}
+    if name in ("picture", "box", "size", "fit"):
+        bytes_only = {key: GOOD[key] for key in ("picture", "box", "size", "fit")}
         with pytest.raises(ValueError, match=says):
             kernels.crop_resize_u8(**{**bytes_only, name: value})
 
@@ -335,7 +341,7 @@ def test_a_side_beyond_what_pillow_counts() -> None:
     wide = np.broadcast_to(np.uint8(7), (1, (1 << 24) + 1, 3))
     one_row = np.lib.stride_tricks.as_strided(np.full(3, 7, np.uint8), (wide.shape[1], 1, 3), (0, 3, 1))
     with pytest.raises(ValueError, match="side above 16777216"):
-        kernels.crop_resize_u8(one_row, (0, 0, 1, wide.shape[1]), 8, pad=PAD)
+        kernels.crop_resize_u8(one_row, (0, 0, 1, wide.shape[1]), 8, fit=PAD)
 
 
 def test_the_switch(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,4 +356,4 @@ def test_the_switch(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.isa() == isa
     monkeypatch.setenv("DUALFOCUS_ISA", "mmx")
     with pytest.raises(ValueError, match="no crop kernel 'mmx'"):
-        kernels.crop_resize_u8(noise(4, 4), (0, 0, 4, 4), 2, pad=PAD)
+        kernels.crop_resize_u8(noise(4, 4), (0, 0, 4, 4), 2, fit=PAD)

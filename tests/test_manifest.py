@@ -120,7 +120,7 @@ def test_another_version(folder, version):
         ("decoder.ragged_append", 1, "expected true or false"),
         ("image.mean", [0.5, 0.5], "field image.mean is [0.5, 0.5], expected a list of 3"),
         ("image.mean", [0.5, "a", 0.5], "field image.mean.1 is 'a', expected a number"),
-        ("image.fit", "stretch", "expected one of pad, crop"),
+        ("image.fit", "squash", "expected one of pad, crop, stretch"),
         ("tokens.eos", 2, "field tokens.eos is 2, expected a list"),
         ("coordinates", "model", "expected null where coordinates is 'model'"),
         ("box", ..., "field box is missing"),

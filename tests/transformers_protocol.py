@@ -99,13 +99,15 @@ class TransformersProtocol:
         return Outcome(macro, locate, crop, micro, *scores)
 
     def pixels(self, picture: Image.Image) -> torch.Tensor:
-        """(3, S, S) float32: padded to a square, or cropped to one, resized and normalised."""
+        """(3, S, S) float32: made a square as the manifest says, resized and normalised."""
         spec = self.manifest.image
         if spec.fit == "pad":
             side = max(picture.size)
             square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in spec.mean))
             square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
             view = square.resize((spec.size, spec.size), Image.Resampling.BICUBIC)
+        elif spec.fit == "stretch":
+            view = picture.resize((spec.size, spec.size), Image.Resampling.BICUBIC)
         else:
             short = min(picture.size)
             width, height = (int(spec.size * side / short) for side in picture.size)

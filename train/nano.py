@@ -40,7 +40,7 @@ LEGIBLE = 6.0  # cap height in view pixels from which letters can be told apart
 
 def view_pixels(picture: NDArray[np.uint8], crop: Crop) -> NDArray[np.uint8]:
     """The view (S, S, 3) u8 of a crop of a picture (H, W, 3) u8, as the runtime makes it."""
-    return crop_resize_u8(picture, crop, IMAGE.size, pad=IMAGE.pad_colour)
+    return crop_resize_u8(picture, crop, IMAGE.size, fit=IMAGE.pad_colour)
 
 
 def to_view(crop: Crop, box: Pixels) -> Pixels:

@@ -136,15 +136,18 @@ def _write_tokenizer(checkpoint: Any, folder: Path) -> None:
 def _write_chat(checkpoint: Any, folder: Path) -> None:
     """What `Chat` reads, and how the library is to read pictures."""
     from dualfocus.export.checkpoint import describe
+    from dualfocus.export.errors import ExportError
 
     manifest = describe(checkpoint, ragged_append=True)
     image, prompts, tokens = manifest.image, manifest.prompts, manifest.tokens
+    if image.fit == "stretch":
+        raise ExportError("the tower sees pictures stretched, which the library's LLaVA pipeline cannot do")
     chat = Chat(
         begin="" if tokens.bos is None else checkpoint.tokenizer.id_to_token(tokens.bos),
         system=prompts.system,
         user=prompts.user,
         reply=prompts.reply,
-        pad=image.pad_colour,
+        pad=image.pad_colour if image.fit == "pad" else None,
     )
     (folder / CHAT).write_text(json.dumps(dataclasses.asdict(chat)), encoding="utf-8")
     processor = {

@@ -1,7 +1,7 @@
 """A Hugging Face LLaVA checkpoint folder -> torch model, tokenizer and the manifest's facts.
 
 What is read: ``config.json`` and the weights (`LlavaForConditionalGeneration`, any vision tower that
-AutoModel knows, llama decoder), the fast tokenizer, ``preprocessor_config.json``, and, where the
+AutoModel knows, llama decoder), the tokenizer, ``preprocessor_config.json``, and, where the
 folder has one, ``dualfocus.json``, in which a checkpoint declares what no Hugging Face file says::
 
     name            str   default: the folder's name
@@ -23,12 +23,13 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 import dualfocus.export.nano_tower  # noqa: F401  registers the built-in model's tower with AutoModel
 from dualfocus import __version__
 from dualfocus.export import decoder
-from dualfocus.export.errors import ExportError
+from dualfocus.export.errors import ExportError, first_line
+from dualfocus.export.tokenizer import load as load_tokenizer
 from dualfocus.runtime.errors import BundleError
 from dualfocus.runtime.manifest import FORMAT_VERSION, BoxFormat, Manifest, Precision, TokenSpec
 from dualfocus.runtime.turns import DUALFOCUS
@@ -64,7 +65,7 @@ def load(folder: Path) -> Checkpoint:
     declared = {}
     if (folder / "dualfocus.json").exists():
         declared = _read_json(folder / "dualfocus.json", "")
-    tokenizer, bos, eos = _load_tokenizer(folder)
+    tokenizer, bos, eos = load_tokenizer(folder)
     model = _load_model(folder)
     ends = model.generation_config.eos_token_id
     ends = eos if ends is None else ends
@@ -129,38 +130,16 @@ def _read_json(path: Path, missing: str) -> dict[str, Any]:
     return raw
 
 
-def _load_tokenizer(folder: Path) -> tuple[Tokenizer, int | None, int | None]:
-    """The tokenizer, the token it opens every text with, and the one it calls the end."""
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        raise ExportError(f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model")
-    try:
-        fast = AutoTokenizer.from_pretrained(folder, use_fast=True, local_files_only=True)
-    except Exception as error:  # anything a broken or foreign file makes the library raise
-        raise ExportError(f"the tokenizer of {folder} cannot be loaded: {_first_line(error)}") from error
-    if not fast.is_fast:
-        raise ExportError(f"the tokenizer of {folder} has no form for the `tokenizers` library")
-    backend: Tokenizer = fast.backend_tokenizer
-    backend.no_padding()
-    backend.no_truncation()
-    opening = fast("a").input_ids[:1]
-    bos = fast.bos_token_id if opening == [fast.bos_token_id] else None
-    return backend, bos, fast.eos_token_id
-
-
 def _load_model(folder: Path) -> LlavaForConditionalGeneration:
     try:
         model, report = LlavaForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # anything missing, torn or mismatched weights make the library raise
-        raise ExportError(f"the weights of {folder} cannot be loaded: {_first_line(error)}") from error
+        raise ExportError(f"the weights of {folder} cannot be loaded: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise ExportError(f"{folder} lacks {len(missing)} of the model's weights, the first {missing[0]}")
     return model.eval()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _image(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -28,7 +28,6 @@ import torch
 from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     CLIPVisionConfig,
     GenerationConfig,
     LlamaConfig,
@@ -41,8 +40,9 @@ from transformers.modeling_utils import no_init_weights
 import dualfocus.export.nano_tower  # noqa: F401  registers the built-in model's tower with AutoModel
 from dualfocus import __version__
 from dualfocus.export import decoder, hub
-from dualfocus.export.errors import ExportError
-from dualfocus.export.weights import Renames, StoredWeights, Weights, first_line, read_json
+from dualfocus.export.errors import ExportError, first_line
+from dualfocus.export.tokenizer import load as load_tokenizer
+from dualfocus.export.weights import Renames, StoredWeights, Weights, read_json
 from dualfocus.runtime.errors import BundleError
 from dualfocus.runtime.manifest import (
     FORMAT_VERSION,
@@ -176,7 +176,7 @@ def load(folder: Path, vision_tower: str | None = None) -> Checkpoint:
     declared = None
     if (folder / "dualfocus.json").exists():
         declared = read_json(folder / "dualfocus.json", "")
-    tokenizer, bos, eos = _load_tokenizer(folder)
+    tokenizer, bos, eos = load_tokenizer(folder)
     tokens = TokenSpec(bos, _ends(folder, config, eos))
     checkpoint = Checkpoint(
         folder.resolve().name,
@@ -365,24 +365,6 @@ def describe(
         raise ExportError(str(error).replace("manifest.json", "dualfocus.json", 1)) from None
     _check_reply(manifest, checkpoint.tokenizer)
     return manifest
-
-
-def _load_tokenizer(folder: Path) -> tuple[Tokenizer, int | None, int | None]:
-    """The tokenizer, the token it opens every text with, and the one it calls the end."""
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        raise ExportError(f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model")
-    try:
-        fast = AutoTokenizer.from_pretrained(folder, use_fast=True, local_files_only=True)
-    except Exception as error:  # anything a broken or foreign file makes the library raise
-        raise ExportError(f"the tokenizer of {folder} cannot be loaded: {first_line(error)}") from error
-    if not fast.is_fast:
-        raise ExportError(f"the tokenizer of {folder} has no form for the `tokenizers` library")
-    backend: Tokenizer = fast.backend_tokenizer
-    backend.no_padding()
-    backend.no_truncation()
-    opening = fast("a").input_ids[:1]
-    bos = fast.bos_token_id if opening == [fast.bos_token_id] else None
-    return backend, bos, fast.eos_token_id
 
 
 def _image(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -3,3 +3,8 @@
 
 class ExportError(ValueError):
     """A checkpoint that cannot become a bundle; the message is one sentence for its owner."""
+
+
+def first_line(error: Exception) -> str:
+    """What `error` says, as a part of one sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dualfocus.export.errors import ExportError
+from dualfocus.export.errors import ExportError, first_line
 
 FLOATS = {"F16": 2, "BF16": 2, "F32": 4}  # as safetensors calls them, and bytes of a number
 _TORCH = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
@@ -170,8 +170,3 @@ def read_json(path: Path, missing: str) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ExportError(f"{path} holds a {type(raw).__name__}, expected an object")
     return raw
-
-
-def first_line(error: Exception) -> str:
-    """What went wrong, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

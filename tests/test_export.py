@@ -507,9 +507,10 @@ def test_import_is_light() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_missing_package_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("package", ["torch", "sentencepiece"])
+def test_missing_package_is_named(tmp_path: Path, package: str) -> None:
     code = (
-        "import sys, pathlib; sys.modules['torch'] = None\n"
+        f"import sys, pathlib; sys.modules['{package}'] = None\n"
         "from dualfocus.export import ExportError, export_bundle\n"
         "try: export_bundle(pathlib.Path('a'), pathlib.Path('b'))\n"
         "except ExportError as error: print(error)"
@@ -517,7 +518,7 @@ def test_missing_package_is_named(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert done.stdout == "export needs torch: pip install 'dualfocus[export,cpu]'\n"
+    assert done.stdout == f"export needs {package}: pip install 'dualfocus[export,cpu]'\n"
 
 
 def test_vision_is_torchs(exported: Exported) -> None:

@@ -64,7 +64,7 @@ class Export:
         """Bytes on the disk that the export takes at its largest, about."""
         spec, precision = self._manifest.decoder, self._manifest.precision
         tower = 4 * sum(size for name, size in self._sizes.items() if name.startswith(PARTS))
-        total = 2 * tower + self._sizes[EMBEDDINGS] * (2 if self._checkpoint.weights.is_half else 4)
+        total = 3 * tower + self._sizes[EMBEDDINGS] * (2 if self._checkpoint.weights.is_half else 4)
         for name, shape in self._checkpoint.weights.shapes.items():
             if name.startswith(LAYERS) and len(shape) == 2:
                 layer, *_, module, _ = name.removeprefix(LAYERS).split(".")
@@ -112,11 +112,11 @@ class Export:
         """Everything before the decoder, and what the decoder is to be tried on."""
         manifest, weights, folder = self._manifest, self._checkpoint.weights, self._folder
         self._tell("vision", *PARTS)
-        tower = read_tower(self._checkpoint.config, weights)
-        pixels = verify.pictures(len(verify.QUESTIONS), manifest.image.size, self._seed)
-        features = verify.image_features(tower, pixels)
         exact = folder / "tower"
         exact.mkdir(exist_ok=True)
+        tower = read_tower(self._checkpoint.config, weights, exact)
+        pixels = verify.pictures(len(verify.QUESTIONS), manifest.image.size, self._seed)
+        features = verify.image_features(tower, pixels)
         export_vision(tower, exact / "vision.onnx")
         del tower
         store_vision(exact / "vision.onnx", folder / "vision.onnx", manifest.precision)

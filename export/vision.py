@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from onnx.external_data_helper import load_external_data_for_tensor
@@ -29,18 +30,22 @@ OPSET = 18
 PARTS = ("model.vision_tower.", "model.multi_modal_projector.")
 
 
-def read_tower(config: LlavaConfig, weights: Weights) -> LlavaForConditionalGeneration:
-    """transformers' model of `config` with the weights of tower and projector, and without decoder layers."""
+def read_tower(config: LlavaConfig, weights: Weights, folder: Path) -> LlavaForConditionalGeneration:
+    """transformers' model of `config` with the weights of tower and projector, and without decoder layers.
+
+    The weights are put into `folder` and mapped: exporters hold them three times, of which one then takes
+    no private memory.
+    """
     config = copy.deepcopy(config)
     config.text_config.num_hidden_layers = 0
     config.text_config.layer_types = None
     with no_init_weights():  # memory that nobody writes to is not taken
         model = LlavaForConditionalGeneration(config).eval()
-    tensors = {
-        name: weights.read(name)
-        for name, tensor in model.state_dict().items()
-        if name.startswith(PARTS) and tensor.is_floating_point()  # not batch norm's count of batches
-    }
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith(PARTS) and tensor.is_floating_point():  # not batch norm's count of batches
+            np.save(folder / f"{name}.npy", weights.read(name).numpy())
+            tensors[name] = torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c"))
     model.load_state_dict(tensors, strict=False, assign=True)
     return model
 

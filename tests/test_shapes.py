@@ -76,7 +76,7 @@ def test_the_best_token_leads_clearly_and_has_a_name(tied: bool) -> None:
         torch.randint(named, (8, 50), generator=torch.Generator().manual_seed(0)),
         checkpoint.model.get_input_embeddings().weight,
     )
-    logits = verify.logits(checkpoint.model, embeds.detach().numpy())
+    logits = tiny.logits(checkpoint.model, embeds.detach().numpy())
     ordinary = np.delete(logits[..., :named], EOS, axis=-1)
     assert ordinary.std() == pytest.approx(2, rel=0.1)
     assert logits[..., named:].std() == pytest.approx(2 * NAMELESS_SCALE, rel=0.1)
@@ -94,7 +94,7 @@ def test_what_is_said_depends_on_what_was_asked() -> None:
         rng = np.random.default_rng(seed)
         embeds = rng.standard_normal((2, 600, TINY.hidden), np.float32)
         embeds[1, :570], embeds[1, 590:] = embeds[0, :570], embeds[0, 590:]
-        correlations.append(np.corrcoef(verify.logits(model, embeds)[:, -1])[0, 1])
+        correlations.append(np.corrcoef(tiny.logits(model, embeds)[:, -1])[0, 1])
     assert np.mean(correlations) < 0.95
 
 

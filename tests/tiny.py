@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
@@ -79,6 +81,16 @@ def make_model(shape: Shape, seed: int = 0) -> LlavaForConditionalGeneration:
         bos_token_id=1, eos_token_id=[2, *range(24, shape.vocabulary, 24)], pad_token_id=0
     )
     return model
+
+
+def logits(model: LlavaForConditionalGeneration, embeds: np.ndarray) -> np.ndarray:
+    """What transformers' language model and head make of (B, S, hidden): (B, S, vocabulary)."""
+    with torch.no_grad():
+        states = model.language_model(
+            inputs_embeds=torch.from_numpy(embeds), use_cache=False
+        ).last_hidden_state
+        found: np.ndarray = model.lm_head(states).numpy()
+    return found
 
 
 def build(folder: Path, shape: Shape | None = None, *, seed: int = 0, **declared: Any) -> Path:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from dualfocus.export.errors import ExportError
 from dualfocus.export.shapes import Shape
-from dualfocus.runtime.manifest import CoordinateSpace, FileEntry, Manifest, Precision
+from dualfocus.runtime.manifest import CoordinateSpace, FileEntry, Manifest, Precision, Target
 
 
 def export_bundle(
@@ -30,6 +30,7 @@ def export_bundle(
     out: Path,
     *,
     precision: Precision = "fp32",
+    target: Target = "onnxruntime",
     ragged_append: bool = True,
     coordinates: CoordinateSpace | None = None,
     vision_tower: str | None = None,
@@ -42,7 +43,8 @@ def export_bundle(
 
     Given a `Shape`, its model of random weights instead, which is never written as a checkpoint.
 
-    A bundle already at `out` is replaced; any other non-empty folder is left alone. `ragged_append` gives the
+    A bundle already at `out` is replaced; any other non-empty folder is left alone. With `target`
+    "onnx-standard" the decoder is written in operators of the standard alone. `ragged_append` gives the
     decoder the input that ONNX Runtime before 1.32 does not know. `coordinates` and `vision_tower` override
     what the checkpoint says (`checkpoint.describe`, `checkpoint.load`); `revision` is noted. With `resume`,
     an export to `out` that was interrupted goes on, if there is one. `progress` gets one line per comparison
@@ -64,7 +66,12 @@ def export_bundle(
         else:
             loaded = checkpoints.load(checkpoint, vision_tower)
     manifest = checkpoints.describe(
-        loaded, ragged_append=ragged_append, precision=precision, coordinates=coordinates, revision=revision
+        loaded,
+        ragged_append=ragged_append,
+        precision=precision,
+        target=target,
+        coordinates=coordinates,
+        revision=revision,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.parent / f".{out.name}.partial"

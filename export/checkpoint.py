@@ -50,6 +50,7 @@ from dualfocus.runtime.manifest import (
     CoordinateSpace,
     Manifest,
     Precision,
+    Target,
     TokenSpec,
 )
 from dualfocus.runtime.turns import CHATML, DUALFOCUS
@@ -307,6 +308,7 @@ def describe(
     *,
     ragged_append: bool,
     precision: Precision = "fp32",
+    target: Target = "onnxruntime",
     coordinates: CoordinateSpace | None = None,
     revision: str | None = None,
 ) -> Manifest:
@@ -344,6 +346,7 @@ def describe(
         }
         | ({"revision": revision} if revision else {}),
         "precision": precision,
+        "target": target,
         "image": image,
         "decoder": dataclasses.asdict(
             decoder.describe(

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
 import torch
 from onnx import TensorProto
@@ -19,9 +20,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from dualfocus.export.errors import ExportError
-from dualfocus.export.graph import MICROSOFT, DataFile, Graph
+from dualfocus.export.graph import MICROSOFT, OPSET, STANDARD_OPSET, DataFile, Graph
 from dualfocus.export.quantize import EXACT, Part, decoder_form, product
-from dualfocus.runtime.manifest import DecoderSpec, Precision
+from dualfocus.runtime.manifest import DecoderSpec, Precision, Target
 
 KINDS = ("llama", "mistral", "qwen2")  # whose layers are the one that is written here
 INPUTS = "inputs_embeds"
@@ -124,9 +125,12 @@ class DecoderGraphs:
         precision: Precision,
         data: DataFile,
         rotary: tuple[Tensor, Tensor],
+        target: Target,
     ) -> None:
         """`rotary` are the (context, head_size / 2) tables of cosines and sines."""
+        assert target == "onnxruntime" or spec.ragged_append
         self._spec, self._precision, self._data = spec, precision, data
+        self._opset = STANDARD_OPSET if target == "onnx-standard" else OPSET
         self._epsilon = float(config.rms_norm_eps)
         self._rotary = dict(zip(("cos", "sin"), rotary, strict=True))
         self._shared: list[TensorProto] = []  # the tables, once they are stored
@@ -141,17 +145,17 @@ class DecoderGraphs:
         `entrance` is a (hidden, hidden) matrix that what comes in goes through. The last layer gives the
         positions ``logits_at`` alone: nothing reads the others any more.
         """
-        spec, graph, name = self._spec, Graph(self._data), f"layers.{i}"
+        spec, graph, name = self._spec, Graph(self._data, self._opset), f"layers.{i}"
         graph.keep(self._shared)
         x = graph.input(f"hidden.{i}" if i else INPUTS, TensorProto.FLOAT, ["batch", "length", spec.hidden])
         if entrance is not None:
             x = product(graph, x, entrance.numpy(), EXACT, "entrance.weight", "entrance.out")
         normed = self._norm(graph, x, layer.norm, f"{name}.norm")
         qkv = self._product(graph, normed, layer.qkv, "qkv", i)
-        attended = self._attention(graph, qkv, i)
+        attended = self._attention(graph, x, qkv, i)
         if i == spec.layers - 1:
             at = graph.input("logits_at", TensorProto.INT64, ["batch", "wanted"])
-            where = graph.add("Unsqueeze", [at, graph.weight("last_axis", torch.tensor([-1]).numpy())], "at")
+            where = graph.add("Unsqueeze", [at, _ints(graph, 2)], "at")
             x, attended = (
                 graph.add("GatherND", [of, where], f"{of}.wanted", batch_dims=1) for of in (x, attended)
             )
@@ -171,7 +175,7 @@ class DecoderGraphs:
 
     def head(self, head: Head) -> onnx.ModelProto:
         """The last layer's states -> ``logits``."""
-        spec, graph = self._spec, Graph(self._data)
+        spec, graph = self._spec, Graph(self._data, self._opset)
         shape = ["batch", self._length(spec.layers)]
         x = graph.input(f"hidden.{spec.layers}", TensorProto.FLOAT, [*shape, spec.hidden])
         normed = self._norm(graph, x, head.norm, "norm")
@@ -195,32 +199,134 @@ class DecoderGraphs:
             return out
         return graph.add("Add", [out, graph.weight(f"{name}.bias", linear.bias.numpy())], f"{name}.biased")
 
-    def _attention(self, graph: Graph, qkv: str, i: int) -> str:
-        """Rotary positions, the cache's update and attention, as one node of ONNX Runtime's own."""
-        spec, name = self._spec, f"layers.{i}.attention.out"
+    def _attention(self, graph: Graph, x: str, qkv: str, i: int) -> str:
+        """Rotary positions, the cache's update and attention of layer `i`, whose `x` became `qkv`."""
+        spec = self._spec
         cache: list[str | int] = ["batch", spec.kv_heads, "capacity", spec.head_size]
-        past = [
-            graph.input(f"past_key_values.{i}.{part}", TensorProto.FLOAT, cache) for part in ("key", "value")
-        ]
-        present = [f"present.{i}.{part}" for part in ("key", "value")]
+        past, present = (
+            [f"{when}.{i}.{part}" for part in ("key", "value")] for when in ("past_key_values", "present")
+        )
         lengths = [
             graph.input("seqlens_k", TensorProto.INT32, ["batch"]),
             graph.input("total_sequence_length", TensorProto.INT32, []),
         ]
-        tables = [graph.weight(of, table.numpy()) for of, table in self._rotary.items()]
-        # Inputs 1 and 2 (key, value) are packed into the query; 9 to 15 are features no llama uses.
-        inputs = [qkv, "", "", *past, *lengths, *tables]
         if spec.ragged_append:
-            inputs += [""] * 7 + [graph.input("query_seqlens", TensorProto.INT32, ["batch"])]
-        graph.add(
+            lengths.append(graph.input("query_seqlens", TensorProto.INT32, ["batch"]))
+        for name in past:
+            graph.input(name, TensorProto.FLOAT, cache)
+        tables = [graph.weight(name, table.numpy()) for name, table in self._rotary.items()]
+        write = self._standard_attention if graph.is_standard else self._grouped_query_attention
+        out = write(graph, x, qkv, past, present, lengths, tables, f"layers.{i}.attention")
+        for name in present:
+            graph.output(name, TensorProto.FLOAT, cache)
+        return out
+
+    def _grouped_query_attention(
+        self,
+        graph: Graph,
+        x: str,
+        qkv: str,
+        past: list[str],
+        present: list[str],
+        lengths: list[str],
+        tables: list[str],
+        name: str,
+    ) -> str:
+        """One node of ONNX Runtime's own."""
+        # Inputs 1 and 2 (key, value) are packed into the query; 9 to 15 are features no llama uses.
+        inputs = [qkv, "", "", *past, *lengths[:2], *tables]
+        if self._spec.ragged_append:
+            inputs += [""] * 7 + lengths[2:]
+        out = graph.add(
             "GroupQueryAttention",
             inputs,
-            [name, *present],
+            [f"{name}.out", *present],
             domain=MICROSOFT,
-            num_heads=spec.heads,
-            kv_num_heads=spec.kv_heads,
+            num_heads=self._spec.heads,
+            kv_num_heads=self._spec.kv_heads,
             do_rotary=1,
         )
-        for of in present:
-            graph.output(of, TensorProto.FLOAT, cache)
-        return name
+        if self._precision != "int8" or not self._spec.ragged_append:
+            return out
+        # Padding is what happened to be in memory, and would share the range of what is multiplied next.
+        fresh = graph.add("Unsqueeze", [_fresh(graph, x, lengths[2]), _ints(graph, 2)], "fresh.column")
+        zero = graph.weight("zero", np.zeros((), np.float32))
+        return graph.add("Where", [fresh, out, zero], f"{name}.fresh")
+
+    def _standard_attention(
+        self,
+        graph: Graph,
+        x: str,
+        qkv: str,
+        past: list[str],
+        present: list[str],
+        lengths: list[str],
+        tables: list[str],
+        name: str,
+    ) -> str:
+        """The same in operators of the ONNX standard.
+
+        What a position may see is written out as a mask, because what ``is_causal`` means behind a cache was
+        settled only in 2026. Padding writes what is there already, so that it changes nothing.
+        """
+        spec, add = self._spec, graph.add
+        new = add("Cast", [lengths[2]], "new", to=TensorProto.INT64)
+        fresh = add(
+            "Unsqueeze", [_fresh(graph, x, lengths[2]), _ints(graph, 1, 3)], "fresh.rows"
+        )  # (B, 1, S, 1)
+        held = add("Cast", [lengths[0]], "held", to=TensorProto.INT64)
+        start = add("Sub", [add("Add", [held, _ints(graph, 1)], "valid"), new], "start")  # (B,)
+        column = add("Unsqueeze", [start, _ints(graph, 1)], "start.column")
+        position = add("Add", [column, _range(graph, _length(graph, x), "new")], "position")  # (B, S)
+        rotary = add("Min", [position, _ints(graph, spec.context - 1)], "rotary")
+        row = add("Unsqueeze", [position, _ints(graph, 1, 3)], "position.rows")  # (B, 1, S, 1)
+        places = add("Expand", [row, _ints(graph, 1, spec.kv_heads, 1, 1)], "places")
+        total = add("Cast", [lengths[1]], "total", to=TensorProto.INT64)
+        reaches = add("LessOrEqual", [_range(graph, total, "held"), row], "reaches")  # (B, 1, S, total)
+        visible = add("And", [reaches, fresh], "visible")
+        end = add("Reshape", [total, _ints(graph, 1)], "end")
+
+        heads = add(
+            "Reshape",
+            [qkv, _ints(graph, 0, 0, spec.heads + 2 * spec.kv_heads, spec.head_size)],
+            f"{name}.heads",
+        )
+        heads = add("Transpose", [heads], f"{name}.rows", perm=[0, 2, 1, 3])
+        split = _ints(graph, spec.heads + spec.kv_heads, spec.kv_heads)
+        turning = add("Split", [heads, split], [f"{name}.turning", f"{name}.value"], axis=1)
+        turned = add("RotaryEmbedding", [turning, *tables, rotary], f"{name}.turned")
+        split = _ints(graph, spec.heads, spec.kv_heads)
+        query = add("Split", [turned, split], [f"{name}.query", f"{name}.key"], axis=1)
+        seen = []
+        for before, after, of in zip(past, present, (f"{name}.key", f"{name}.value"), strict=True):
+            old = add("GatherND", [before, places], f"{of}.old", batch_dims=2)
+            written = add("Where", [fresh, of, old], f"{of}.written")
+            add("TensorScatter", [before, written, start], after, axis=2)
+            seen.append(add("Slice", [after, _ints(graph, 0), end, _ints(graph, 2)], f"{of}.seen"))
+        out = add("Attention", [query, *seen, visible], f"{name}.found")
+        out = add("Transpose", [out], f"{name}.positions", perm=[0, 2, 1, 3])
+        return add("Reshape", [out, _ints(graph, 0, 0, spec.heads * spec.head_size)], f"{name}.out")
+
+
+def _ints(graph: Graph, *numbers: int) -> str:
+    """A constant: a list of integers."""
+    return graph.weight("ints." + ".".join(map(str, numbers)), np.array(numbers, np.int64))
+
+
+def _length(graph: Graph, x: str) -> str:
+    """How many positions the (B, S, …) tensor `x` has, a scalar."""
+    shape = graph.add("Shape", [x], "length.list", start=1, end=2)
+    return graph.add("Squeeze", [shape, _ints(graph, 0)], "length.number")
+
+
+def _range(graph: Graph, length: str, name: str) -> str:
+    """0, 1, … below the scalar `length`."""
+    number = [graph.weight(f"number.{i}", np.array(i, np.int64)) for i in (0, 1)]
+    return graph.add("Range", [number[0], length, number[1]], f"range.{name}")
+
+
+def _fresh(graph: Graph, x: str, query_seqlens: str) -> str:
+    """(B, S): which of the positions of `x` a row really has."""
+    new = graph.add("Cast", [query_seqlens], "new", to=TensorProto.INT64)
+    column = graph.add("Unsqueeze", [new, _ints(graph, 1)], "new.column")
+    return graph.add("Less", [_range(graph, _length(graph, x), "new"), column], "fresh")

@@ -15,6 +15,9 @@ from onnx import TensorProto, helper
 from dualfocus import __version__
 
 OPSET = 23  # the first with RMSNormalization
+STANDARD_OPSET = (
+    24  # the first with TensorScatter, which a cache needs where there are standard operators only
+)
 IR_VERSION = 10
 MICROSOFT = "com.microsoft"
 INLINE_BYTES = 1024  # up to here a tensor lies in the graph: shapes have to, and norms of small models may
@@ -34,7 +37,7 @@ class DataFile:
         self._file.seek(end)
 
     def store(self, name: str, array: Array, kind: int | None = None) -> TensorProto:
-        """Write an array, and return the tensor that says where it is; `kind` names a type NumPy has not."""
+        """Write an array; the tensor returned says where it is. `kind` is a type that NumPy has not."""
         self._file.write(bytes(-self._file.tell() % PAGE))
         tensor = TensorProto(
             name=name,
@@ -62,13 +65,14 @@ class Graph:
     """A graph in the making; values are known by their names."""
 
     def __init__(self, data: DataFile, opset: int = OPSET) -> None:
-        self.data, self._opset = data, opset
+        self._data, self._opset = data, opset
         self._proto = onnx.GraphProto(name="dualfocus")
         self._weights: dict[str, TensorProto] = {}
 
     def input(self, name: str, kind: int, shape: Sequence[str | int]) -> str:
-        """Declare an input."""
-        self._proto.input.append(helper.make_tensor_value_info(name, kind, shape))
+        """Declare an input, once."""
+        if all(value.name != name for value in self._proto.input):
+            self._proto.input.append(helper.make_tensor_value_info(name, kind, shape))
         return name
 
     def output(self, name: str, kind: int, shape: Sequence[str | int]) -> None:
@@ -79,13 +83,24 @@ class Graph:
         """An input or an output as another graph declares it."""
         (self._proto.output if output else self._proto.input).append(value)
 
+    @property
+    def is_standard(self) -> bool:
+        """Whether operators of the ONNX standard alone may be used."""
+        return self._opset == STANDARD_OPSET
+
     def weight(self, name: str, array: Array) -> str:
         """A constant: of a name already taken, the one that is there."""
         if name not in self._weights:
             if array.nbytes > INLINE_BYTES:
-                self._weights[name] = self.data.store(name, np.ascontiguousarray(array))
+                self._weights[name] = self._data.store(name, np.ascontiguousarray(array))
             else:
-                self._weights[name] = onnx.numpy_helper.from_array(np.ascontiguousarray(array), name)
+                self._weights[name] = onnx.numpy_helper.from_array(np.asarray(array, order="C"), name)
+        return name
+
+    def half_bytes(self, name: str, packed: Array, shape: Sequence[int]) -> str:
+        """A constant of `shape` in unsigned 4-bit integers, two in a byte, the first in its lower half."""
+        self._weights[name] = self._data.store(name, packed, TensorProto.UINT4)
+        self._weights[name].dims[:] = shape
         return name
 
     def keep(self, tensors: Iterable[TensorProto]) -> None:
@@ -100,10 +115,11 @@ class Graph:
         domain: str = "",
         **attributes: Any,
     ) -> str:
-        """Add a node; returns its first output."""
+        """Add a node, if there is none yet that gives this output; returns its first output."""
         names = [outputs] if isinstance(outputs, str) else list(outputs)
-        node = helper.make_node(kind, inputs, names, name=names[0], domain=domain, **attributes)
-        self._proto.node.append(node)
+        if not self.has(names[0]):
+            node = helper.make_node(kind, inputs, names, name=names[0], domain=domain, **attributes)
+            self._proto.node.append(node)
         return names[0]
 
     def copy(self, node: onnx.NodeProto) -> None:

@@ -113,8 +113,7 @@ def _channel_product(graph: Graph, x: str, weight: Floats, name: str, output: st
     scales = graph.weight(f"{name}.scale", scale)
     zeros = graph.weight(f"{name}.zero", np.zeros(len(scale), np.int8))
     of_x = [f"{x}.uint8", f"{x}.scale", f"{x}.zero"]
-    if not graph.has(of_x[0]):  # products of the same share it
-        graph.add("DynamicQuantizeLinear", [x], of_x)
+    graph.add("DynamicQuantizeLinear", [x], of_x)  # products of the same share it
     both = graph.add("Mul", [of_x[1], scales], f"{output}.scale")
     whole = graph.add("MatMulInteger", [of_x[0], matrix, of_x[2], zeros], f"{output}.int32")
     return graph.add(
@@ -123,13 +122,17 @@ def _channel_product(graph: Graph, x: str, weight: Floats, name: str, output: st
 
 
 def _block_product(graph: Graph, x: str, weight: Floats, form: Form, name: str, output: str) -> str:
-    """A product whose weights have a scale for every block of inputs."""
+    """A product whose weights have a scale for every block of inputs, and a zero point if it was searched."""
     assert form.block is not None
     (outputs, inputs), block = weight.shape, form.block
     find = _search if form.searched else _round
-    packed, scales, *zeros = _in_chunks(weight, lambda rows: find(rows, form.bits, block))
+    integers, scales, *zeros = _in_chunks(weight, lambda rows: find(rows, form.bits, block))
+    if graph.is_standard:
+        matrix = _dequantized(graph, integers[:, :inputs].T, scales.T, [zero.T for zero in zeros], form, name)
+        return graph.add("MatMul", [x, matrix], output)
+    packed = _packed(integers, form.bits).reshape(outputs, scales.shape[1], -1)
     stored = [graph.weight(f"{name}.int{form.bits}", packed), graph.weight(f"{name}.scale", scales)]
-    stored += [graph.weight(f"{name}.zero", zero) for zero in zeros]
+    stored += [graph.weight(f"{name}.zero", _packed(zero, form.bits)) for zero in zeros]
     return graph.add(
         "MatMulNBits",
         [x, *stored],
@@ -143,6 +146,23 @@ def _block_product(graph: Graph, x: str, weight: Floats, form: Form, name: str, 
     )
 
 
+def _dequantized(
+    graph: Graph, integers: Bytes, scales: Floats, zeros: list[Bytes], form: Form, name: str
+) -> str:
+    """The (K, N) matrix of `integers`, of which ONNX Runtime makes MatMulNBits when it multiplies."""
+    # what MatMulNBits takes for granted without a zero point has to be said here
+    zero = zeros[0] if zeros else np.full(scales.shape, 1 << (form.bits - 1), np.uint8)
+    stored = []
+    for kind, array in (("", integers), (".zero", zero)):
+        of = f"{name}.int{form.bits}{kind}"
+        if form.bits == 8:
+            stored.append(graph.weight(of, array))
+        else:
+            stored.append(graph.half_bytes(of, _packed(array.reshape(-1), 4), array.shape))
+    inputs = [stored[0], graph.weight(f"{name}.scale", scales), stored[1]]
+    return graph.add("DequantizeLinear", inputs, f"{name}.float32", axis=0, block_size=form.block)
+
+
 def _in_chunks(weight: Floats, find: Callable[[Floats], tuple[Any, ...]]) -> list[Any]:
     """What `find` makes of `weight`, some rows at a time, on every core."""
     rows = max(1, CHUNK // weight.shape[1])
@@ -152,22 +172,23 @@ def _in_chunks(weight: Floats, find: Callable[[Floats], tuple[Any, ...]]) -> lis
 
 
 def _round(weight: Floats, bits: int, block: int) -> tuple[Bytes, Floats]:
-    """(N, K) -> (N, blocks, bytes) integers and (N, blocks) scales, rounded to nearest."""
+    """(N, K) -> (N, blocks * block) integers and (N, blocks) scales, rounded to nearest."""
+    assert bits == 8, "in 4 bits, what follows is packed"
     quantizer = DefaultWeightOnlyQuantizer(
         DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=True, bits=bits)
     )
-    packed, scales, _ = quantizer.qbits_block_quant(np.ascontiguousarray(weight.T))
-    return packed, scales
+    integers, scales, _ = quantizer.qbits_block_quant(np.ascontiguousarray(weight.T))
+    return integers.reshape(len(weight), -1), scales
 
 
 def _search(weight: Floats, bits: int, block: int) -> tuple[Bytes, Floats, Bytes]:
-    """(N, K) -> (N, blocks, bytes) integers, (N, blocks) scales and (N, bytes) zero points."""
+    """(N, K) -> (N, blocks * block) integers, (N, blocks) scales and (N, blocks) zero points."""
     rows, blocks = len(weight), -(-weight.shape[1] // block)
     padded = np.pad(weight, ((0, 0), (0, blocks * block - weight.shape[1])))
     with np.errstate(divide="ignore", invalid="ignore"):  # of blocks that are all zero
-        rounded, scales, zeros = quant_tensor_k_quant_cpu(padded, bits, block)
-    packed = _packed(rounded.astype(np.uint8).reshape(rows, blocks, block), bits)
-    return packed, scales.astype(np.float32).reshape(rows, blocks), _packed(zeros.reshape(rows, blocks), bits)
+        integers, scales, zeros = quant_tensor_k_quant_cpu(padded, bits, block)
+    integers = integers.astype(np.uint8).reshape(rows, -1)
+    return integers, scales.astype(np.float32).reshape(rows, blocks), zeros.reshape(rows, blocks)
 
 
 def _packed(integers: Bytes, bits: int) -> Bytes:

@@ -11,6 +11,8 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -146,7 +148,12 @@ class Export:
         data = DataFile(self._folder / "decoder.onnx.data", end_of_data(parts))
         torch_decoder = TorchDecoder(config.text_config)
         graphs = DecoderGraphs(
-            spec, config.text_config, self._manifest.precision, data, torch_decoder.rotary(spec.context)
+            spec,
+            config.text_config,
+            self._manifest.precision,
+            data,
+            torch_decoder.rotary(spec.context),
+            self._manifest.target,
         )
         rotation = Rotation(spec) if self._manifest.precision == "int8" else None
         for i in range(spec.layers):
@@ -167,14 +174,7 @@ class Export:
             parts.append(graphs.layer(i, layer, rotation.entrance if rotation and i == 0 else None))
             onnx.save(parts[i], self._part(i))
             data.flush()
-            trial = trial.through(self._part(i), spec, exact)
-            basis = rotation.stream.numpy() if rotation else None
-            for what, got, expected, _ in trial.reached(ragged_append=spec.ragged_append):
-                self._difference(
-                    f"decoder behind layer {i + 1}, {what}",
-                    got,
-                    expected if basis is None else expected @ basis,
-                )
+            trial = self._through(i, trial, exact, rotation.stream.numpy() if rotation else None)
             self._keep(i + 1, trial)
 
         self._tell("head", NORM, HEAD)
@@ -184,10 +184,9 @@ class Export:
             matrix = torch.from_numpy(table.astype(np.float32))
         else:
             matrix = weights.read(HEAD)
-        reached = [
-            (what, got[text][None], torch_decoder.head(norm, matrix, expected[text][None]))
-            for what, got, expected, text in trial.reached(ragged_append=spec.ragged_append)
-        ]
+        alone, both = trial.reached(ragged_append=spec.ragged_append)
+        told = [*alone, *both] if self._is_exact else [alone[0], both[0]]
+        expected = [torch_decoder.head(norm, matrix, of.expected[of.text]) for of in told]
         head = Head(norm.clone(), Linear(matrix))
         if rotation:
             rotation.head(head)
@@ -195,22 +194,39 @@ class Export:
         data.flush()
         onnx.save(parts[-1], self._part(spec.layers))
         session = verify.Session(self._part(spec.layers), spec, 1, 0)
-        for i, (what, states, expected) in enumerate(reached):
-            logits = session.append(states, [0])
-            difference = self._difference(f"decoder, {what}", logits, expected)
+        for of, right in zip(told, expected, strict=True):
+            states = of.got[of.text]
+            (logits,) = session.append((states @ rotation.stream.numpy() if rotation else states)[None], [0])
+            what = f"decoder, {of.what}"
             if self._is_exact:
-                self._say(str(difference))
-            elif i == 0:
-                self._say(verify.rounding(logits[0], expected[0]))
+                self._say(str(Difference.between(what, logits, right).check()))
+            elif of is alone[0]:
+                Difference.rounded(what, logits, right).check()
+            else:
+                self._say(verify.rounding(logits, right))
         data.close()
         model = joined(parts)
         onnx.save(model, self._folder / "decoder.onnx")
         onnx.checker.check_model(self._folder / "decoder.onnx")
         self._tell("hashing")
 
-    def _difference(self, what: str, got: Floats, expected: Floats) -> Difference:
-        measure = Difference.between if self._is_exact else Difference.rounded
-        return measure(what, got, expected).check()
+    def _through(self, i: int, trial: Trial, exact: Floats, basis: verify.Basis) -> Trial:
+        """The states of `trial` behind layer `i`; torch's are `exact`.
+
+        Exact weights are held to torch all the way. What rounded ones do to a state may grow from layer to
+        layer, in some models to any size: each layer is held to what torch adds to torch's own state.
+        """
+        spec = self._manifest.decoder
+        if not self._is_exact:
+            trial = replace(trial, alone=trial.exact[:1])
+        after = trial.through(self._part(i), spec, exact, enters=basis if i else None, leaves=basis)
+        if self._is_exact:
+            for of in chain(*after.reached(ragged_append=spec.ragged_append)):
+                Difference.between(f"decoder behind layer {i + 1}, {of.what}", of.got, of.expected).check()
+        else:
+            got, expected = after.alone - trial.exact[:1], exact[:1] - trial.exact[:1]
+            Difference.rounded(f"decoder, layer {i + 1}", got, expected).check()
+        return after
 
     def _keep(self, i: int, trial: Trial) -> None:
         """Everything before layer `i` is there: put down what it takes to go on."""

@@ -9,9 +9,8 @@ What a layer's graph gives out goes into the next layer's, as in the decoder tha
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +26,15 @@ from dualfocus.export.decoder import INPUTS
 from dualfocus.export.errors import ExportError
 from dualfocus.export.quantize import divergence
 from dualfocus.runtime.engines import Floats
+from dualfocus.runtime.errors import QuestionError
 from dualfocus.runtime.manifest import DecoderSpec, Manifest
 from dualfocus.runtime.sequence import embed
 from dualfocus.runtime.turns import Turns
 
 TOLERANCE = 1e-4  # of the reference's largest magnitude; of 1 where that is smaller
-# Of the reference's norm, where weights were rounded: beyond it, little of the model is left.
-ROUNDED = 0.7
+ROUNDED = 0.5  # of the norm of what a layer adds, where weights were rounded: beyond it, little of it is left
+
+Basis = Floats | None
 
 QUESTIONS = (
     "What is written on the red sign above the door?",
@@ -93,7 +94,7 @@ class Trial:
     """Two rows of states on their way through the decoder: (rows, T, hidden), embeddings at first."""
 
     exact: Floats  # torch's
-    alone: Floats  # the graphs', row 0 by itself
+    alone: Floats  # the graphs', row 0 by itself; where weights are rounded, from torch's before each layer
     both: Floats  # the graphs', both rows together; of row 1 the last BEHIND are not reached
     prompt: int  # how many positions prefill brings
     text: NDArray[np.bool_]  # (2, T) where a token stands, not an image
@@ -103,14 +104,15 @@ class Trial:
         cls, manifest: Manifest, tokenizer: Tokenizer, table: Floats, features: Floats, seed: int
     ) -> Trial:
         """The macro turns of `QUESTIONS`, about pictures with `features`, and random text behind them."""
-        turns = [Turns(manifest, tokenizer, question).macro("whole").tokens for question in QUESTIONS]
-        prompt = max(map(len, turns))
-        length = prompt + APPEND + STEPS
-        if length > manifest.decoder.context:
+        try:
+            turns = [Turns(manifest, tokenizer, question).macro("whole").tokens for question in QUESTIONS]
+        except QuestionError:
             raise ExportError(
                 f"a context of {manifest.decoder.context} tokens holds no image of {manifest.image.tokens} "
                 "and a question"
-            )
+            ) from None
+        prompt = max(map(len, turns))
+        length = prompt + APPEND + STEPS
         rng = np.random.default_rng(seed)
         rows = [[*tokens, *map(int, rng.integers(len(table), size=length - len(tokens)))] for tokens in turns]
         exact = np.stack(
@@ -136,12 +138,19 @@ class Trial:
         both += [Call("one step of two rows", (at[0] + i, at[1] + i), (1, 1)) for i in range(STEPS)]
         return alone, both
 
-    def through(self, path: Path, spec: DecoderSpec, exact: Floats) -> Trial:
-        """The states behind the graph at `path`; torch's are given."""
+    def through(
+        self, path: Path, spec: DecoderSpec, exact: Floats, enters: Basis = None, leaves: Basis = None
+    ) -> Trial:
+        """The states behind the graph at `path`, of which torch's are given.
+
+        What goes into the graph is multiplied with the orthogonal matrix `enters`, and what comes out is in
+        the basis `leaves`.
+        """
         calls = self.calls(ragged_append=spec.ragged_append)
         moved = []
         for states, of in zip((self.alone, self.both), calls, strict=True):
             rows, length, _ = states.shape
+            states = states if enters is None else states @ enters
             session = Session(path, spec, rows, length + APPEND)  # for the padding of a shorter row
             out = np.zeros((rows, length, exact.shape[2]), np.float32)
             for call in of:
@@ -151,30 +160,52 @@ class Trial:
                 found = session.append(chunk, call.starts, call.counts)
                 for row, (start, count) in enumerate(zip(call.starts, call.counts, strict=True)):
                     out[row, start : start + count] = found[row, :count]
-            moved.append(out)
-        return dataclasses.replace(self, exact=exact, alone=moved[0], both=moved[1])
+            moved.append(out if leaves is None else out @ leaves.T)
+        return replace(self, exact=exact, alone=moved[0], both=moved[1])
 
-    def reached(self, *, ragged_append: bool) -> Iterator[tuple[str, Floats, Floats, NDArray[np.bool_]]]:
-        """What the graphs and what torch has, (positions, hidden), by what was called; where text stands."""
-        for states, calls in zip(
-            (self.alone, self.both), self.calls(ragged_append=ragged_append), strict=True
-        ):
-            places: dict[str, list[tuple[int, slice]]] = {}
-            for call in calls:
-                for row, (start, count) in enumerate(zip(call.starts, call.counts, strict=True)):
-                    places.setdefault(call.what, []).append((row, slice(start, start + count)))
-            for what, at in places.items():
-                got, expected, text = (
-                    np.concatenate([of[place] for place in at]) for of in (states, self.exact, self.text)
-                )
-                yield what, got, expected, text
+    def reached(self, *, ragged_append: bool) -> tuple[list[Reached], list[Reached]]:
+        """What became of the tokens, by what appended them: of row 0 alone, and of both."""
+        alone, both = (
+            [Reached.by(of, states, self.exact, self.text) for of in _same(calls)]
+            for states, calls in zip(
+                (self.alone, self.both), self.calls(ragged_append=ragged_append), strict=True
+            )
+        )
+        return alone, both
+
+
+def _same(calls: Sequence[Call]) -> list[list[Call]]:
+    """Calls of one kind together."""
+    return [[call for call in calls if call.what == what] for what in dict.fromkeys(c.what for c in calls)]
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What some calls appended, every row's tokens behind the other's."""
+
+    what: str
+    got: Floats  # (positions, hidden)
+    expected: Floats
+    text: NDArray[np.bool_]  # (positions,)
+
+    @classmethod
+    def by(cls, calls: Sequence[Call], got: Floats, expected: Floats, text: NDArray[np.bool_]) -> Reached:
+        """What `calls` appended of (rows, T, …) arrays."""
+        places = [
+            (row, slice(start, start + count))
+            for call in calls
+            for row, (start, count) in enumerate(zip(call.starts, call.counts, strict=True))
+        ]
+        return cls(
+            calls[0].what, *(np.concatenate([of[place] for place in places]) for of in (got, expected, text))
+        )
 
 
 class Session:
     """A graph of the decoder, or all of it, over zeroed caches of its own, updated in place."""
 
     def __init__(self, path: Path, spec: DecoderSpec, rows: int, capacity: int) -> None:
-        self.session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        self.session = _open(path)
         self.names = [node.name for node in self.session.get_inputs()]
         self.states = next(name for name in self.names if name == INPUTS or name.startswith("hidden."))
         shape = (rows, spec.kv_heads, capacity, spec.head_size)
@@ -194,7 +225,7 @@ class Session:
         rows, length, _ = states.shape
         totals = np.add(starts, counts or [length] * rows)
         inputs = {
-            self.states: states,
+            self.states: np.ascontiguousarray(states),
             "seqlens_k": (totals - 1).astype(np.int32),
             "total_sequence_length": np.array(totals.max(), np.int32),
             "logits_at": np.tile(np.arange(length), (rows, 1)),
@@ -203,7 +234,7 @@ class Session:
         binding = self.session.io_binding()
         for name in self.names:
             if name in inputs:
-                binding.bind_cpu_input(name, np.ascontiguousarray(inputs[name]))
+                binding.bind_cpu_input(name, inputs[name])
         for name, cache in self.caches.items():
             binding.bind_ortvalue_input(f"past_key_values.{name}", cache)
             binding.bind_ortvalue_output(f"present.{name}", cache)
@@ -237,7 +268,7 @@ class TorchDecoder:
         return out
 
     def head(self, norm: Tensor, head: Tensor, states: Floats) -> Floats:
-        """(B, S, hidden) -> (B, S, vocabulary): the norm behind the layers, and the product with the head."""
+        """(K, hidden) -> (K, vocabulary): the norm behind the layers, and the product with the head."""
         self._norm.weight = nn.Parameter(norm)
         with torch.no_grad():
             logits: Floats = nn.functional.linear(self._norm(torch.from_numpy(states)), head).numpy()
@@ -272,9 +303,14 @@ def image_features(model: LlavaForConditionalGeneration, pixels: Floats) -> Floa
 
 def encode(path: Path, pixels: Floats) -> Floats:
     """What the graph at `path` makes of (N, 3, S, S)."""
-    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    features: Floats = session.run(["image_features"], {"pixel_values": pixels})[0]
+    features: Floats = _open(path).run(["image_features"], {"pixel_values": pixels})[0]
     return features
+
+
+def _open(path: Path) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")  # right on every processor
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def pictures(n: int, size: int, seed: int) -> Floats:

@@ -24,12 +24,13 @@ from typing import Any, Literal
 
 from dualfocus.runtime.errors import BundleError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 Fit = Literal["pad", "crop", "stretch"]
 CoordinateSpace = Literal["original", "padded", "model"]
 SelectRule = Literal["reference", "answer"]
 Precision = Literal["fp32", "fp16", "int8", "int4"]
+Target = Literal["onnxruntime", "onnx-standard"]
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ class Manifest:
     created_by: str  # "dualfocus 0.1.0"
     source: dict[str, str]  # where the weights came from: checkpoint, architecture, revision …
     precision: Precision  # of the weights; what goes in and out of the graphs is float32
+    target: Target  # the decoder's operators: ONNX Runtime's own, or those of the standard alone
     image: ImageSpec
     decoder: DecoderSpec
     tokens: TokenSpec

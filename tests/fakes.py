@@ -56,6 +56,7 @@ def make_tokenizer() -> Tokenizer:
 def make_manifest(tokenizer: Tokenizer, **changes: object) -> Manifest:
     fields: dict[str, object] = {
         "format_version": FORMAT_VERSION,
+        "target": "onnxruntime",
         "name": "fake",
         "created_by": "a test",
         "source": {},

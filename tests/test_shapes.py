@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from dualfocus import cli
-from dualfocus.export import SHAPES, ExportError, export_bundle, shapes, verify
+from dualfocus.export import SHAPES, ExportError, export_bundle, shapes
 from dualfocus.export.random_weights import (
     BOS,
     EOS,

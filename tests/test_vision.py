@@ -15,9 +15,9 @@ from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 from dualfocus.export import nano_tower, verify
-from dualfocus.export.quantize import quantize_vision
 from dualfocus.export.verify import Floats
-from dualfocus.export.vision import export_vision
+from dualfocus.export.vision import export_vision, store_vision
+from dualfocus.runtime.manifest import Precision
 
 INT8_ERROR = (
     0.03  # relative, L2; the towers here came to 0.011 to 0.019, in torch's bfloat16 to 0.008 to 0.009
@@ -120,11 +120,12 @@ class Exported:
         size = self.model.config.vision_config.image_size
         self.pixels = np.random.default_rng(7).standard_normal((4, 3, size, size), np.float32)
         self.expected = verify.image_features(self.model, self.pixels)
-        self.paths = {precision: folder / f"{precision}.onnx" for precision in ("fp32", "int8")}
-        export_vision(self.model, self.paths["fp32"])
-        quantize_vision(self.paths["fp32"], self.paths["int8"], "int8")
+        self.paths: dict[Precision, Path] = {"fp32": folder / "fp32.onnx", "int8": folder / "int8.onnx"}
+        export_vision(self.model, folder / "optimum.onnx")
+        for precision, path in self.paths.items():
+            store_vision(folder / "optimum.onnx", path, precision)
 
-    def features(self, precision: str, pixels: Floats) -> Floats:
+    def features(self, precision: Precision, pixels: Floats) -> Floats:
         return features(self.paths[precision], pixels)
 
 
@@ -157,8 +158,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.parametrize("pictures", [1, 4])
 def test_float_is_torch(exported: Exported, pictures: int) -> None:
     got = exported.features("fp32", exported.pixels[:pictures])
-    difference = verify.Difference.between("vision", got, exported.expected[:pictures])
-    assert difference.ok, str(difference)
+    verify.Difference.between("vision", got, exported.expected[:pictures]).check()
 
 
 def test_float_in_a_batch_is_one_by_one(exported: Exported) -> None:
@@ -185,7 +185,7 @@ def test_int8_has_a_scale_per_channel(exported: Exported) -> None:
     assert len(quantised) == exported.products
     for name in quantised:
         assert weights[name].data_type == onnx.TensorProto.INT8
-        assert list(weights[name.replace("_quantized", "_scale")].dims) == [weights[name].dims[1]]
+        assert list(weights[name.replace(".int8", ".scale")].dims) == [weights[name].dims[1]]
     left = [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights]
     projector = exported.model.model.multi_modal_projector
     assert [list(weights[node.input[1]].dims) for node in left] == [

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from dualfocus.bench.harness import Watch
-    from dualfocus.export.shapes import Shape
     from dualfocus.runtime import FocusResult
     from dualfocus.runtime.geometry import Box
     from dualfocus.runtime.manifest import Manifest
@@ -161,24 +160,55 @@ def export(
         Literal["fp32", "fp16", "int8", "int4"],
         typer.Option(help="Of the weights. int8 is fast and close to fp32, int4 smaller and less close."),
     ] = "fp32",
+    target: Annotated[
+        Literal["onnxruntime", "onnx-standard"],
+        typer.Option(help="The decoder's operators: ONNX Runtime's own, or the standard's alone."),
+    ] = "onnxruntime",
+    coords: Annotated[
+        Literal["original", "padded", "model"] | None,
+        typer.Option(
+            help="What boxes are fractions of, the picture or the picture padded to a square; or pixels of "
+            "what the model sees  [default: original if called DualFocus, else padded]"
+        ),
+    ] = None,
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(metavar="TOWER", help="Folder or id of the tower, if an original checkpoint lacks it."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an export to BUNDLE that was interrupted.")
+    ] = False,
 ) -> None:
     """Export a checkpoint as a bundle."""
-    from dualfocus.export import ExportError, export_bundle, hub, shapes
+    from dualfocus.export import ExportError, export_bundle, shapes
 
     with _errors():
         try:
             if checkpoint is not None and random is not None:
                 raise ExportError("both a CHECKPOINT and --random SHAPE were given, expected one of them")
-            if random is not None and revision is not None:
-                raise ExportError("--revision was given with --random SHAPE, expected it with a CHECKPOINT")
-            source: Path | Shape
-            if random is not None:
-                source = shapes.named(random)
-            elif checkpoint is not None:
-                source, _ = hub.fetch(checkpoint, revision)
-            else:
+            for option, given in (("--revision", revision), ("--vision-tower", vision_tower)):
+                if random is not None and given is not None:
+                    raise ExportError(
+                        f"{option} was given with --random SHAPE, expected it with a CHECKPOINT"
+                    )
+            source = checkpoint if random is None else shapes.named(random)
+            if source is None:
                 raise ExportError("nothing to export was given, expected a CHECKPOINT or --random SHAPE")
-            export_bundle(source, out, precision=precision)
+            with _progress() as watch:
+                export_bundle(
+                    source,
+                    out,
+                    precision=precision,
+                    target=target,
+                    coordinates=coords,
+                    vision_tower=vision_tower,
+                    revision=revision,
+                    resume=resume,
+                    watch=watch,
+                )
+        except KeyboardInterrupt:
+            _say(f"interrupted: the same command with --resume goes on with {out}")
+            raise
         except ExportError as error:
             _refuse(error)
 
@@ -439,6 +469,37 @@ def bench_peers(
             peers.plot(result, plot)
 
 
+@benches.command("export")
+def bench_export(
+    random: Annotated[str, typer.Option(metavar="SHAPE", help="Of the random weights.")] = "llava-7b",
+    layout: Annotated[
+        Literal["original", "huggingface"], typer.Option(help="Whose files the checkpoint is like.")
+    ] = "original",
+    precision: Annotated[
+        Literal["fp32", "fp16", "int8", "int4"], typer.Option(help="Of the bundle.")
+    ] = "int4",
+    folder: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where checkpoint and bundle are written, and stay.")
+    ] = Path("build/export"),
+    threads: _Threads = None,
+    as_json: _Json = False,
+    save: _Save = False,
+) -> None:
+    """Time, memory and disk of exporting a model larger than memory, and of starting it."""
+    from dualfocus.export import ExportError, shapes
+
+    with _errors():
+        with _needs_train("bench export"):
+            from dualfocus.bench import export as bench
+        try:
+            shape = shapes.named(random)
+        except ExportError as error:
+            _refuse(error)
+        with _progress() as watch:
+            result = bench.run(shape, folder, layout, precision, threads, watch)
+        _report(result, bench.show, as_json=as_json, save=save)
+
+
 @contextmanager
 def _needs_train(command: str) -> Iterator[None]:
     """Around imports: scenes are drawn with what the extra `train` installs."""
@@ -455,9 +516,17 @@ def _progress() -> Iterator[Watch]:
     """A bar on a terminal, for what benchmarks tell of their progress."""
     from rich.progress import Progress
 
-    with Progress(console=_stderr(), transient=True, disable=not _watched(sys.stderr)) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda doing, done, total: bar.update(task, description=doing, completed=done, total=total)
+    bar = Progress(console=_stderr(), transient=True, disable=not _watched(sys.stderr))
+    task = bar.add_task("", total=None)
+
+    def watch(doing: str, done: int, total: int) -> None:
+        bar.start()  # not before: there may be other bars until then
+        bar.update(task, description=doing, completed=done, total=total)
+
+    try:
+        yield watch
+    finally:
+        bar.stop()
 
 
 def _report(
@@ -510,8 +579,12 @@ def _errors() -> Iterator[None]:
 
 
 def _refuse(reason: object) -> NoReturn:
-    typer.echo("dualfocus: " + _line(str(reason)), err=True)
+    _say(reason)
     raise typer.Exit(2) from None
+
+
+def _say(reason: object) -> None:
+    typer.echo("dualfocus: " + _line(str(reason)), err=True)
 
 
 def _standard_input() -> bytes:
@@ -684,6 +757,7 @@ def _print_manifest(manifest: Manifest, budget: dict[str, int], *, verified: boo
         "made by": f"{manifest.created_by}, bundle format {manifest.format_version}",
         **manifest.source,
         "precision": f"weights of {manifest.precision}",
+        "target": manifest.target,
         "image": f"{image.size} x {image.size}, {image.tokens} tokens, fitted by {image.fit}",
         "decoder": (
             f"{decoder.layers} layers of {decoder.hidden}, {decoder.heads} heads of {decoder.head_size}, "

@@ -26,7 +26,7 @@ from dualfocus.runtime.manifest import CoordinateSpace, FileEntry, Manifest, Pre
 
 
 def export_bundle(
-    checkpoint: Path | Shape,
+    checkpoint: Path | str | Shape,
     out: Path,
     *,
     precision: Precision = "fp32",
@@ -39,39 +39,43 @@ def export_bundle(
     progress: Callable[[str], None] = print,
     watch: Callable[[str, int, int], object] = lambda *_: None,
 ) -> Manifest:
-    """Export the LLaVA checkpoint in the folder `checkpoint` as the bundle `out`.
+    """Export the LLaVA checkpoint in the folder, or of the Hub's id, `checkpoint` as the bundle `out`.
 
     Given a `Shape`, its model of random weights instead, which is never written as a checkpoint.
 
     A bundle already at `out` is replaced; any other non-empty folder is left alone. With `target`
     "onnx-standard" the decoder is written in operators of the standard alone. `ragged_append` gives the
     decoder the input that ONNX Runtime before 1.32 does not know. `coordinates` and `vision_tower` override
-    what the checkpoint says (`checkpoint.describe`, `checkpoint.load`); `revision` is noted. With `resume`,
-    an export to `out` that was interrupted goes on, if there is one. `progress` gets one line per comparison
-    with torch, and what fewer bits changed; `watch` what is done next, how many weights are done, and of how
-    many. Raises ExportError: `out` is no place for a bundle or too small for it, the checkpoint is of another
-    kind or incomplete, another one's export is to be resumed, or a graph differs from torch beyond tolerance.
+    what the checkpoint says (`checkpoint.describe`, `checkpoint.load`); `revision` is the Hub's. With
+    `resume`, an export to `out` that was interrupted goes on, if there is one. `progress` gets one line per
+    comparison with torch, and what fewer bits changed; `watch` what is done next, how many weights are done,
+    and of how many. Raises ExportError: `out` is no place for a bundle or too small for it, the checkpoint is
+    of another kind or incomplete, another one's export is to be resumed, or a graph differs from torch beyond
+    tolerance.
     """
     _check_target(out)
     try:
         from dualfocus.export import checkpoint as checkpoints
+        from dualfocus.export import hub
         from dualfocus.export.random_weights import random_checkpoint
         from dualfocus.export.stream import Export
     except ModuleNotFoundError as error:
         raise ExportError(f"export needs {error.name}: pip install 'dualfocus[export,cpu]'") from error
-    with _quiet():
-        if isinstance(checkpoint, Shape):
-            progress(f"random weights of shape {checkpoint.name}")
-            loaded = random_checkpoint(checkpoint)
-        else:
-            loaded = checkpoints.load(checkpoint, vision_tower)
+    if isinstance(checkpoint, Shape):
+        progress(f"random weights of shape {checkpoint.name}")
+        loaded, commit = random_checkpoint(checkpoint), None
+    else:
+        source, commit = hub.fetch(str(checkpoint), revision)
+        name = source.resolve().name if commit is None else str(checkpoint).rpartition("/")[2]
+        with _quiet():
+            loaded = checkpoints.load(source, name, vision_tower)
     manifest = checkpoints.describe(
         loaded,
         ragged_append=ragged_append,
         precision=precision,
         target=target,
         coordinates=coordinates,
-        revision=revision,
+        revision=commit,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.parent / f".{out.name}.partial"

@@ -148,11 +148,12 @@ class Checkpoint:
         return model
 
 
-def load(folder: Path, vision_tower: str | None = None) -> Checkpoint:
+def load(folder: Path, name: str | None = None, vision_tower: str | None = None) -> Checkpoint:
     """Read all but the weights of the checkpoint in `folder`, and see that these are there.
 
-    `vision_tower`, a folder or a Hub id, replaces the one that an original checkpoint names. Raises
-    ExportError where there is no checkpoint, one of another kind, or one that lacks something.
+    It is called `name`, by default as the folder is. `vision_tower`, a folder or a Hub id, replaces the one
+    that an original checkpoint names. Raises ExportError where there is no checkpoint, one of another kind,
+    or one that lacks something.
     """
     raw = read_json(folder / "config.json", f"{folder} is not a checkpoint folder")
     architecture = (raw.get("architectures") or ["none"])[0]
@@ -180,7 +181,7 @@ def load(folder: Path, vision_tower: str | None = None) -> Checkpoint:
     tokenizer, bos, eos = load_tokenizer(folder)
     tokens = TokenSpec(bos, _ends(folder, config, eos))
     checkpoint = Checkpoint(
-        folder.resolve().name,
+        name or folder.resolve().name,
         config,
         StoredWeights(sources),
         tokenizer,

@@ -6,6 +6,8 @@ comes, so that a model of any size takes the memory of one layer and the time of
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import math
 import os
@@ -35,6 +37,7 @@ Watch = Callable[[str, int, int], object]  # what is being done, how many weight
 
 LAYERS = "model.language_model.layers."
 NOTE = "export.json"
+M_MMAP_THRESHOLD = -3  # of malloc.h: what is larger is mapped by itself
 
 
 class Export:
@@ -98,6 +101,7 @@ class Export:
 
     def run(self) -> None:
         """Write all files but the manifest, or those that are not there yet."""
+        _return_memory()
         if not (states := list(self._folder.glob("state.*.npz"))):
             self._export_vision()
             states = [self._state(0)]
@@ -246,3 +250,9 @@ class Export:
         """Say that `doing` begins; the tensors whose names begin with one of `of` are done with it."""
         self._watch(doing, self._done, sum(self._sizes.values()))
         self._done += sum(size for name, size in self._sizes.items() if name.startswith(of))
+
+
+def _return_memory() -> None:
+    """Have glibc give back to the system what tensors took, once they are gone; it would keep most of it."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)

@@ -1,0 +1,220 @@
+"""Exporting a model larger than memory, and starting it: time, private memory and disk.
+
+``dualfocus bench export --random llava-7b``. Random weights of the shape are written first, as a published
+checkpoint has them: the original LLaVA's in two ``.bin`` shards with the tower inside, or Hugging Face's in
+three of safetensors; float16, by the names that they are published with. Then ``dualfocus export`` runs as a
+process of its own, whose private memory (``RssAnon``: what is no file's) is read every 20 ms, and two new
+processes answer a question, one behind the other.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+
+from dualfocus.bench import fresh, harness
+from dualfocus.bench.crop import photograph
+from dualfocus.bench.harness import Watch
+from dualfocus.export import random_weights
+from dualfocus.export.shapes import Shape
+from dualfocus.runtime.bundle import read_manifest
+from dualfocus.runtime.errors import InputError
+from dualfocus.runtime.manifest import Precision
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Layout = Literal["original", "huggingface"]
+
+QUESTION = "What is written on the red sign above the door?"
+EVERY = 0.02  # seconds between two looks at a process's memory
+PRIVATE_LIMIT = 4e9  # bytes that an export may take
+SHARD_BYTES = {"original": 9.98e9, "huggingface": 4.99e9}  # as large as the published shards
+
+# transformers' names (of the model in memory) and the published ones
+NAMES: dict[Layout, tuple[tuple[str, str], ...]] = {
+    "original": (
+        ("model.language_model.", "model."),
+        ("model.vision_tower.", "model.vision_tower.vision_tower."),
+        ("model.multi_modal_projector.linear_1.", "model.mm_projector.0."),
+        ("model.multi_modal_projector.linear_2.", "model.mm_projector.2."),
+    ),
+    "huggingface": (
+        ("model.language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+        ("model.vision_tower.", "vision_tower."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+    ),
+}
+
+
+def run(
+    shape: Shape, folder: Path, layout: Layout, precision: Precision, threads: int | None, watch: Watch
+) -> dict[str, Any]:
+    """The result, of a kind that `harness` describes; everything is written below `folder` and stays there.
+
+    InputError where the system does not tell a process's memory, or the export fails.
+    """
+    if not Path("/proc/self/status").exists():
+        raise InputError("bench export needs /proc, which this system does not have")
+    checkpoint, bundle = folder / f"{shape.name}-{layout}", folder / f"{shape.name}-{precision}"
+    if not (checkpoint / "config.json").exists():  # written last
+        write_checkpoint(shape, layout, checkpoint, watch)
+    command = [sys.executable, "-m", "dualfocus.cli", "export", str(checkpoint), "-o", str(bundle)]
+    watch("export", 0, 1)
+    exported = _measured([*command, "--precision", precision])
+    manifest, _ = read_manifest(bundle)
+    result = harness.header("export", threads, manifest=manifest) | {
+        "layout": layout,
+        "checkpoint_bytes": _size(checkpoint),
+        "bundle_bytes": _size(bundle),
+        "export": exported,
+        "private": harness.wanted(exported["peak_rss_anon"], at_most=PRIVATE_LIMIT),
+    }
+    with tempfile.TemporaryDirectory() as place:
+        picture = Path(place) / "photograph.png"
+        Image.fromarray(photograph()).save(picture, compress_level=1)
+        starts = []
+        for which in ("first", "second"):
+            watch(f"{which} start", 0, 1)
+            starts.append(fresh.measure(picture, QUESTION, bundle, threads, True, {}))
+    return result | {"starts": starts}
+
+
+def write_checkpoint(shape: Shape, layout: Layout, folder: Path, watch: Watch) -> None:
+    """Random weights of `shape` as a published checkpoint, of which one shard at a time is in memory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    loaded = random_weights.random_checkpoint(shape)
+    config = loaded.config
+    total = 2 * sum(np.prod(of) for of in loaded.weights.shapes.values())
+    stem, suffix = ("pytorch_model", "bin") if layout == "original" else ("model", "safetensors")
+    shards: list[list[str]] = []
+    written = 0
+    assert isinstance(loaded.weights, random_weights.DrawnWeights)
+    for shard in _shards(loaded.weights, layout):
+        watch("writing a checkpoint", written, int(total))
+        path = folder / f"{len(shards)}.{suffix}"
+        torch.save(shard, path) if suffix == "bin" else save_file(shard, path, {"format": "pt"})
+        shards.append(list(shard))
+        written += path.stat().st_size
+        del shard
+    where: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        name = f"{stem}-{i + 1:05}-of-{len(shards):05}.{suffix}"
+        (folder / f"{i}.{suffix}").rename(folder / name)
+        where |= dict.fromkeys(names, name)
+    index = {"metadata": {"total_size": written}, "weight_map": where}
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+
+    loaded.tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", random_weights.BOS)]
+    )
+    loaded.tokenizer.save(str(folder / "tokenizer.json"))
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    (folder / "preprocessor_config.json").write_text(json.dumps(loaded.preprocessor))
+    raw = config.to_dict() | {"architectures": ["LlavaForConditionalGeneration"]}
+    if layout == "original":
+        raw = config.text_config.to_dict() | {
+            "architectures": ["LlavaLlamaForCausalLM"],
+            "model_type": "llava_llama",
+            "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+            "mm_projector_type": "mlp2x_gelu",
+            "mm_vision_select_layer": config.vision_feature_layer,
+            "mm_vision_select_feature": "patch",
+            "image_aspect_ratio": "pad",
+        }
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+def _shards(weights: random_weights.DrawnWeights, layout: Layout) -> Iterator[dict[str, Tensor]]:
+    """Published name: float16 tensor, as many together as a shard holds."""
+    shard: dict[str, Tensor] = {}
+    held = 0
+    for name, tensor in weights.all():
+        size = 2 * tensor.numel()
+        if held and held + size > SHARD_BYTES[layout]:
+            yield shard
+            shard, held = {}, 0
+        shard[_published(name, layout)] = tensor.half()
+        held += size
+    yield shard
+
+
+def _published(name: str, layout: Layout) -> str:
+    for ours, theirs in NAMES[layout]:
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
+def _measured(command: list[str]) -> dict[str, Any]:
+    """Seconds that `command` took, its private and its whole memory at the most, and what it said."""
+    begin = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        peaks = {"RssAnon": 0, "VmHWM": 0}
+        while process.poll() is None:
+            for name, found in _memory(process.pid).items():
+                peaks[name] = max(peaks[name], found)
+            time.sleep(EVERY)
+        assert process.stdout is not None
+        said = process.stdout.read().splitlines()
+    if process.returncode:
+        raise InputError(f"bench export: the export ended with exit status {process.returncode}")
+    seconds = time.perf_counter() - begin
+    return {
+        "seconds": seconds,
+        "peak_rss_anon": peaks["RssAnon"],
+        "peak_rss": peaks["VmHWM"],
+        "said": [line for line in said if "|onnx - torch|" not in line],
+    }
+
+
+def _memory(process: int) -> dict[str, int]:
+    """Bytes by the names that /proc gives them; nothing of a process that has ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    of = (line.split() for line in lines if line.startswith(("RssAnon:", "VmHWM:")))
+    return {name.removesuffix(":"): 1024 * int(number) for name, number, _ in of}
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def show(result: Mapping[str, Any], console: Console) -> None:
+    """For people."""
+    harness.show_machine(result["machine"], console)
+    exported = result["export"]
+    for what, fact in {
+        "checkpoint": f"{result['checkpoint_bytes'] / 1e9:.1f} GB, {result['layout']}",
+        "bundle": f"{result['bundle_bytes'] / 1e9:.1f} GB, {result['precision']}",
+        "export": f"{exported['seconds'] / 60:.1f} minutes",
+        "private memory": f"{exported['peak_rss_anon'] / 1e9:.2f} GB at the most, "
+        + harness.verdict(result["private"]),
+        "memory": f"{exported['peak_rss'] / 1e9:.2f} GB with the files that are mapped",
+        **dict(line.split(": ", 1) for line in exported["said"] if ": " in line),
+    }.items():
+        console.print(f"{what:>14}  {fact}", markup=False)
+    for which, start in zip(("first start", "second start"), result["starts"], strict=True):
+        model, answer = (start["times_ms"][step] / 1e3 for step in ("model", "answer"))
+        console.print(
+            f"{which:>14}  model {model:.1f} s, answer {answer:.1f} s, "
+            f"private {start['rss_anon'] / 1e9:.2f} GB",
+            markup=False,
+        )

@@ -19,6 +19,8 @@ A folder may have ``dualfocus.json``, in which a checkpoint declares what no oth
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,7 +44,7 @@ from dualfocus import __version__
 from dualfocus.export import decoder, hub
 from dualfocus.export.errors import ExportError, first_line
 from dualfocus.export.tokenizer import load as load_tokenizer
-from dualfocus.export.weights import Renames, StoredWeights, Weights, read_json
+from dualfocus.export.weights import FLOATS, Renames, StoredWeights, Weights, read_json
 from dualfocus.runtime.errors import BundleError
 from dualfocus.runtime.manifest import (
     FORMAT_VERSION,
@@ -156,7 +158,8 @@ def load(folder: Path, name: str | None = None, vision_tower: str | None = None)
     or one that lacks something.
     """
     raw = read_json(folder / "config.json", f"{folder} is not a checkpoint folder")
-    architecture = (raw.get("architectures") or ["none"])[0]
+    architectures = raw.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else "none"
     if architecture == "LlavaForConditionalGeneration":
         if vision_tower is not None:
             raise ExportError(f"{folder} has its vision tower inside, so --vision-tower cannot be given")
@@ -208,11 +211,22 @@ def _hugging_face(folder: Path, raw: dict[str, Any]) -> _Parts:
             raise ExportError(f"{folder / 'processor_config.json'} describes no image processor")
     else:
         preprocessor = read_json(path, f"{folder} lacks its image processor")
-    try:
+    text = raw.get("text_config")
+    if isinstance(text, dict) and isinstance(rope := text.get("rope_parameters"), dict):  # transformers 5's
+        theta = {key: rope[key] for key in ("rope_theta",) if key in rope}
+        raw = raw | {"text_config": text | theta | {"rope_scaling": rope}}
+    with _described(folder):
         config = LlavaConfig.from_dict(raw)
-    except Exception as error:  # whatever a type or a value that transformers does not know makes it raise
-        raise ExportError(f"{folder / 'config.json'} describes no model: {first_line(error)}") from None
     return config, [(folder, HUGGING_FACE)], preprocessor
+
+
+@contextmanager
+def _described(folder: Path) -> Iterator[None]:
+    """Raise ExportError where transformers makes no model of the configuration, whatever it raises."""
+    try:
+        yield
+    except Exception as error:
+        raise ExportError(f"{folder / 'config.json'} describes no model: {first_line(error)}") from None
 
 
 def _original(folder: Path, raw: dict[str, Any], vision_tower: str | None) -> _Parts:
@@ -248,16 +262,22 @@ def _original(folder: Path, raw: dict[str, Any], vision_tower: str | None) -> _P
             sources.append((tower, TOWER))
     if raw.get("image_aspect_ratio") == "pad":
         preprocessor["do_pad"] = True
+    if raw.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
+        raise ExportError(
+            f"{folder / 'config.json'}: mm_hidden_size is {raw['mm_hidden_size']!r}, "
+            f"expected the vision tower's {vision.hidden_size}"
+        )
     text = {key: value for key, value in raw.items() if key not in ("model_type", "architectures")}
-    config = LlavaConfig(
-        vision,
-        LlamaConfig(**text),
-        vision_feature_layer=raw["mm_vision_select_layer"],
-        vision_feature_select_strategy="full"
-        if raw.get("mm_vision_select_feature") == "cls_patch"
-        else "default",
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-    )
+    with _described(folder):
+        config = LlavaConfig(
+            vision,
+            LlamaConfig(**text),
+            vision_feature_layer=raw["mm_vision_select_layer"],
+            vision_feature_select_strategy="full"
+            if raw.get("mm_vision_select_feature") == "cls_patch"
+            else "default",
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        )
     return config, sources, preprocessor
 
 
@@ -295,13 +315,21 @@ def _ends(folder: Path, config: LlavaConfig, eos: int | None) -> tuple[int, ...]
 
 
 def _check_weights(folder: Path, checkpoint: Checkpoint) -> None:
-    """Raise ExportError where a tensor is missing, or of another shape than the configuration says."""
-    found, expected = checkpoint.weights.shapes, checkpoint.skeleton.state_dict()
+    """Raise ExportError where a tensor is missing, or of another shape or type than expected."""
+    with _described(folder):
+        expected = checkpoint.skeleton.state_dict()
+    found, dtypes = checkpoint.weights.shapes, checkpoint.weights.dtypes
     if missing := [name for name in checkpoint.names if name not in found]:
         raise ExportError(f"{folder} lacks {len(missing)} of the model's weights, the first {missing[0]}")
     for name in checkpoint.names:
         if found[name] != (shape := tuple(expected[name].shape)):
-            raise ExportError(f"{folder}: {name} has shape {found[name]}, its config.json says {shape}")
+            raise ExportError(
+                f"{folder}: {name} has shape {found[name]}, expected {shape} as the configuration says"
+            )
+        if dtypes[name] not in FLOATS:
+            raise ExportError(
+                f"{folder}: {name} is of type {dtypes[name]}, expected one of {', '.join(FLOATS)}"
+            )
 
 
 def describe(
@@ -401,7 +429,12 @@ def _image(checkpoint: Checkpoint) -> dict[str, Any]:
     for key in ("image_mean", "image_std"):
         if key not in processor:
             raise ExportError(f"preprocessor_config.json: {key} is missing")
-    features = checkpoint.skeleton.model.get_image_features(torch.zeros(1, 3, size, size, device="meta"))
+    try:
+        features = checkpoint.skeleton.model.get_image_features(torch.zeros(1, 3, size, size, device="meta"))
+    except Exception as error:  # whatever a layer that is none makes transformers raise
+        raise ExportError(
+            f"the configuration selects no features of the tower: {first_line(error)}"
+        ) from None
     return {
         "size": size,
         "tokens": features[0].shape[0],

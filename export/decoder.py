@@ -86,7 +86,7 @@ def describe(config: PretrainedConfig, *, vocabulary: int, ragged_append: bool) 
         )
     if config.hidden_act != "silu":
         raise ExportError(f"the language model's activation is {config.hidden_act!r}, expected 'silu'")
-    rope = (config.rope_scaling or {}).get("rope_type", "default")
+    rope = (getattr(config, "rope_scaling", None) or {}).get("rope_type", "default")  # Mistral's has none
     if rope in ("dynamic", "longrope"):
         raise ExportError(f"rope type {rope!r} changes with the sequence's length, which a table cannot hold")
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

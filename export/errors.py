@@ -7,4 +7,4 @@ class ExportError(ValueError):
 
 def first_line(error: Exception) -> str:
     """What `error` says, as a part of one sentence."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]

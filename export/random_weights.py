@@ -81,13 +81,12 @@ def random_checkpoint(shape: Shape, seed: int = 0) -> Checkpoint:
 class DrawnWeights:
     """`Weights` made as they are read, in the model's order: what is passed over is kept until it is read."""
 
-    is_half = False
-
     def __init__(self, config: LlavaConfig, seed: int, named: int | None = None) -> None:
         """Of `named` tokens the tokenizer knows, if that is given, one is to lead everywhere."""
         with torch.device("meta"):
             parameters = dict(LlavaForConditionalGeneration(config).named_parameters())
         self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        self.dtypes = dict.fromkeys(self.shapes, "F32")
         self.identity = f"{config.to_json_string()}, seed {seed}"
         self._scores = HEAD if HEAD in self.shapes else EMBEDDINGS
         self._named, self._drawn = named, self._draw(torch.Generator().manual_seed(seed))

@@ -61,15 +61,17 @@ class Export:
         self._done = 0
         # float16 stored as float16 is what it was
         self._is_exact = manifest.precision == "fp32" or (
-            manifest.precision == "fp16" and checkpoint.weights.is_half
+            manifest.precision == "fp16"
+            and {checkpoint.weights.dtypes[name] for name in self._sizes} == {"F16"}
         )
+        self._has_half_embeddings = checkpoint.weights.dtypes[EMBEDDINGS] == "F16"
         self._seed = 0
 
     def needs(self) -> int:
         """Bytes on the disk that the export takes at its largest, about."""
         spec, precision = self._manifest.decoder, self._manifest.precision
         tower = 4 * sum(size for name, size in self._sizes.items() if name.startswith(PARTS))
-        total = 3 * tower + self._sizes[EMBEDDINGS] * (2 if self._checkpoint.weights.is_half else 4)
+        total = 3 * tower + self._sizes[EMBEDDINGS] * (2 if self._has_half_embeddings else 4)
         for name, shape in self._checkpoint.weights.shapes.items():
             if name.startswith(LAYERS) and len(shape) == 2:
                 layer, *_, module, _ = name.removeprefix(LAYERS).split(".")
@@ -139,7 +141,7 @@ class Export:
 
         self._tell("embeddings", EMBEDDINGS)
         table = weights.read(EMBEDDINGS).numpy()
-        np.save(folder / "embeddings.npy", table.astype(np.float16) if weights.is_half else table)
+        np.save(folder / "embeddings.npy", table.astype(np.float16) if self._has_half_embeddings else table)
         self._checkpoint.tokenizer.save(str(folder / "tokenizer.json"))
         self._keep(0, Trial.begin(manifest, self._checkpoint.tokenizer, table, features, self._seed))
 

@@ -38,7 +38,7 @@ def read_tower(config: LlavaConfig, weights: Weights, folder: Path) -> LlavaForC
     """
     config = copy.deepcopy(config)
     config.text_config.num_hidden_layers = 0
-    config.text_config.layer_types = None
+    config.text_config.layer_types = []  # where a model reads them, Qwen2, it wants a list
     with no_init_weights():  # memory that nobody writes to is not taken
         model = LlavaForConditionalGeneration(config).eval()
     tensors = {}

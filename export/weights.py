@@ -13,6 +13,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -20,12 +21,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dualfocus.export.errors import ExportError, first_line
+from dualfocus.export.hub import WEIGHTS
 
-FLOATS = {"F16": 2, "BF16": 2, "F32": 4}  # as safetensors calls them, and bytes of a number
 _TORCH = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
-# What a folder may hold, the best first: an index of shards, or all in one file.
-_INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SINGLE = ("model.safetensors", "pytorch_model.bin")
+FLOATS = tuple(_TORCH.values())  # that are read, as safetensors calls them
+_POINTER = b"version https://git-lfs"  # how a file begins that stands for one not downloaded
 
 Renames = Sequence[tuple[str, str]]  # regular expression at a name's beginning, and what replaces it
 
@@ -38,8 +38,8 @@ class Weights(Protocol):
         """Of every tensor there is."""
 
     @property
-    def is_half(self) -> bool:
-        """float16, all of them: what is stored as such loses nothing."""
+    def dtypes(self) -> Mapping[str, str]:
+        """Of the same, as safetensors calls them: what is stored as "F16" loses nothing as float16."""
 
     @property
     def identity(self) -> str:
@@ -60,7 +60,7 @@ class StoredWeights:
                 name = _renamed(place.key, renames)
                 self._places.setdefault(name, place)
         self.shapes = {name: place.shape for name, place in self._places.items()}
-        self.is_half = all(place.dtype == "F16" for place in self._places.values() if place.dtype in FLOATS)
+        self.dtypes = {name: place.dtype for name, place in self._places.items()}
         files = sorted({place.file for place in self._places.values()})
         self.identity = str(
             [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -69,16 +69,12 @@ class StoredWeights:
 
     def read(self, name: str) -> Tensor:
         place = self._places[name]
-        if place.dtype not in FLOATS:
-            raise ExportError(
-                f"{place.file}: {place.key} is of type {place.dtype}, expected one of {', '.join(FLOATS)}"
-            )
         self.reads[name] += 1
         try:
             tensor = place.read()
         except Exception as error:  # a file that ends early, or a disk that does
             raise ExportError(f"{place.file}: {place.key} cannot be read: {first_line(error)}") from error
-        return tensor.to(torch.float32, copy=True)
+        return tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 class _Place:
@@ -100,22 +96,16 @@ class _Place:
         return tensor
 
 
-def holds_weights(folder: Path) -> bool:
-    """Whether there are weights of either kind in `folder`."""
-    return any((folder / name).is_file() for name in (*_INDEX, *_SINGLE))
-
-
 def _open(folder: Path) -> Iterator[_Place]:
     """Every tensor of the checkpoint in `folder`."""
-    for index, single in zip(_INDEX, _SINGLE, strict=True):
-        if (folder / index).is_file():
-            yield from _open_shards(folder, folder / index)
-            return
-        if (folder / single).is_file():
-            opened = _open_file(folder / single)
-            yield from (_Place(folder / single, key, opened) for key in opened.keys())  # noqa: SIM118
-            return
-    raise ExportError(f"{folder} has no weights, expected one of {', '.join((*_INDEX, *_SINGLE))}")
+    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if path is None:
+        raise ExportError(f"{folder} has no weights, expected one of {', '.join(WEIGHTS)}")
+    if path.suffix == ".json":
+        yield from _open_shards(folder, path)
+        return
+    opened = _open_file(path)
+    yield from (_Place(path, key, opened) for key in opened.keys())  # noqa: SIM118
 
 
 def _open_shards(folder: Path, index: Path) -> Iterator[_Place]:
@@ -138,17 +128,40 @@ def _open_shards(folder: Path, index: Path) -> Iterator[_Place]:
 def _open_file(path: Path) -> Any:
     """By name: tensors (``.bin``), or what reads them (safetensors)."""
     try:
+        with path.open("rb") as file:
+            start = file.read(len(_POINTER))
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read: {error.strerror}") from None
+    if not start:
+        raise ExportError(f"{path} is empty, expected weights")
+    if start == _POINTER:
+        raise ExportError(f"{path} is a pointer of Git LFS, expected the weights that `git lfs pull` brings")
+    is_zip = zipfile.is_zipfile(path)
+    if start.startswith(b"PK") and not is_zip:  # whose contents are listed at the end
+        raise ExportError(f"{path} cannot be read: its end is missing")
+    try:
         if path.suffix == ".safetensors":
             return safe_open(path, "pt")
         # a file in the format before PyTorch 1.6 cannot be mapped
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # whatever a damaged or a hostile file makes the libraries raise
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except UnpicklingError as error:
+        if "global" in str(error).lower():  # that is, a name of Python's, to be called
             raise ExportError(f"{path} wants to run code when it is read, expected tensors alone") from None
+        raise ExportError(f"{path} cannot be read: PyTorch saves nothing like it") from None
+    except Exception as error:  # whatever a damaged file makes the libraries raise
         raise ExportError(f"{path} cannot be read: {first_line(error)}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict):
         raise ExportError(f"{path} holds a {type(tensors).__name__}, expected tensors by name")
+    for key, tensor in tensors.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor) or not _is_dense(tensor):
+            raise ExportError(
+                f"{path} holds a {type(tensor).__name__} as {key!r}, expected dense tensors by name"
+            )
     return tensors
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta
 
 
 def _renamed(name: str, renames: Renames) -> str:

@@ -18,14 +18,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-from dualfocus.bench import fresh, harness
+from dualfocus.bench import fresh, harness, layouts
 from dualfocus.bench.crop import photograph
 from dualfocus.bench.harness import Watch
 from dualfocus.export import random_weights
@@ -42,23 +39,7 @@ Layout = Literal["original", "huggingface"]
 QUESTION = "What is written on the red sign above the door?"
 EVERY = 0.02  # seconds between two looks at a process's memory
 PRIVATE_LIMIT = 4e9  # bytes that an export may take
-SHARD_BYTES = {"original": 9.98e9, "huggingface": 4.99e9}  # as large as the published shards
-
-# transformers' names (of the model in memory) and the published ones
-NAMES: dict[Layout, tuple[tuple[str, str], ...]] = {
-    "original": (
-        ("model.language_model.", "model."),
-        ("model.vision_tower.", "model.vision_tower.vision_tower."),
-        ("model.multi_modal_projector.linear_1.", "model.mm_projector.0."),
-        ("model.multi_modal_projector.linear_2.", "model.mm_projector.2."),
-    ),
-    "huggingface": (
-        ("model.language_model.", "language_model.model."),
-        ("lm_head.", "language_model.lm_head."),
-        ("model.vision_tower.", "vision_tower."),
-        ("model.multi_modal_projector.", "multi_modal_projector."),
-    ),
-}
+SHARD_BYTES = {"original": 9_980_000_000, "huggingface": 4_990_000_000}  # as large as the published shards
 
 
 def run(
@@ -98,33 +79,25 @@ def write_checkpoint(shape: Shape, layout: Layout, folder: Path, watch: Watch) -
     """Random weights of `shape` as a published checkpoint, of which one shard at a time is in memory."""
     folder.mkdir(parents=True, exist_ok=True)
     loaded = random_weights.random_checkpoint(shape)
-    config = loaded.config
-    total = 2 * sum(np.prod(of) for of in loaded.weights.shapes.values())
-    stem, suffix = ("pytorch_model", "bin") if layout == "original" else ("model", "safetensors")
-    shards: list[list[str]] = []
-    written = 0
-    assert isinstance(loaded.weights, random_weights.DrawnWeights)
-    for shard in _shards(loaded.weights, layout):
-        watch("writing a checkpoint", written, int(total))
-        path = folder / f"{len(shards)}.{suffix}"
-        torch.save(shard, path) if suffix == "bin" else save_file(shard, path, {"format": "pt"})
-        shards.append(list(shard))
-        written += path.stat().st_size
-        del shard
-    where: dict[str, str] = {}
-    for i, names in enumerate(shards):
-        name = f"{stem}-{i + 1:05}-of-{len(shards):05}.{suffix}"
-        (folder / f"{i}.{suffix}").rename(folder / name)
-        where |= dict.fromkeys(names, name)
-    index = {"metadata": {"total_size": written}, "weight_map": where}
-    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+    config, weights = loaded.config, loaded.weights
+    assert isinstance(weights, random_weights.DrawnWeights)
+    published = layouts.original if layout == "original" else layouts.hugging_face_before
+    count = len(weights.shapes)
 
+    def named() -> Iterator[tuple[str, Tensor]]:
+        for i, (name, tensor) in enumerate(weights.all()):
+            watch("writing a checkpoint", i, count)
+            yield published(name), tensor.half()
+
+    layouts.write_weights(
+        folder, named(), "bin" if layout == "original" else "safetensors", SHARD_BYTES[layout]
+    )
     loaded.tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", random_weights.BOS)]
     )
     loaded.tokenizer.save(str(folder / "tokenizer.json"))
-    named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    said = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
     (folder / "preprocessor_config.json").write_text(json.dumps(loaded.preprocessor))
     raw = config.to_dict() | {"architectures": ["LlavaForConditionalGeneration"]}
     if layout == "original":
@@ -138,27 +111,6 @@ def write_checkpoint(shape: Shape, layout: Layout, folder: Path, watch: Watch) -
             "image_aspect_ratio": "pad",
         }
     (folder / "config.json").write_text(json.dumps(raw))
-
-
-def _shards(weights: random_weights.DrawnWeights, layout: Layout) -> Iterator[dict[str, Tensor]]:
-    """Published name: float16 tensor, as many together as a shard holds."""
-    shard: dict[str, Tensor] = {}
-    held = 0
-    for name, tensor in weights.all():
-        size = 2 * tensor.numel()
-        if held and held + size > SHARD_BYTES[layout]:
-            yield shard
-            shard, held = {}, 0
-        shard[_published(name, layout)] = tensor.half()
-        held += size
-    yield shard
-
-
-def _published(name: str, layout: Layout) -> str:
-    for ours, theirs in NAMES[layout]:
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    return name
 
 
 def _measured(command: list[str]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from dualfocus.export.checkpoint import EMBEDDINGS, HEAD, NORM, Checkpoint
 from dualfocus.export.decoder import DecoderGraphs, Head, Layer, Linear
 from dualfocus.export.errors import ExportError
 from dualfocus.export.graph import DataFile, end_of_data, joined
-from dualfocus.export.quantize import decoder_form
+from dualfocus.export.quantize import Part, decoder_form
 from dualfocus.export.rotate import Rotation
 from dualfocus.export.verify import Difference, TorchDecoder, Trial
 from dualfocus.export.vision import PARTS, export_vision, read_tower, store_vision
@@ -36,6 +36,12 @@ from dualfocus.runtime.manifest import Manifest
 Watch = Callable[[str, int, int], object]  # what is being done, how many weights are done, and of how many
 
 LAYERS = "model.language_model.layers."
+PRODUCTS: dict[str, Part] = {
+    "o_proj": "project",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+}
 NOTE = "export.json"
 M_MMAP_THRESHOLD = -3  # of malloc.h: what is larger is mapped by itself
 
@@ -71,14 +77,15 @@ class Export:
         """Bytes on the disk that the export takes at its largest, about."""
         spec, precision = self._manifest.decoder, self._manifest.precision
         tower = 4 * sum(size for name, size in self._sizes.items() if name.startswith(PARTS))
-        total = 3 * tower + self._sizes[EMBEDDINGS] * (2 if self._has_half_embeddings else 4)
-        for name, shape in self._checkpoint.weights.shapes.items():
+        total = tower + self._sizes[EMBEDDINGS] * (2 if self._has_half_embeddings else 4)
+        for name in self._sizes:
+            shape = self._checkpoint.weights.shapes[name]
             if name.startswith(LAYERS) and len(shape) == 2:
                 layer, *_, module, _ = name.removeprefix(LAYERS).split(".")
-                part = {"o_proj": "project", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
-                form = decoder_form(precision, part.get(module, "qkv"), int(layer), spec.layers)  # type: ignore[arg-type]
+                form = decoder_form(precision, PRODUCTS.get(module, "qkv"), int(layer), spec.layers)
                 total += form.nbytes(*shape)
-        return total + decoder_form(precision, "head", 0, spec.layers).nbytes(spec.vocabulary, spec.hidden)
+        total += decoder_form(precision, "head", 0, spec.layers).nbytes(spec.vocabulary, spec.hidden)
+        return max(total, 3 * tower)  # torch's, the exporter's and ours, before the decoder is there
 
     def begin(self, *, resume: bool) -> None:
         """Empty the folder, or see that what is in it is the beginning of this export."""

@@ -343,7 +343,7 @@ def test_other_peoples_folder_is_left_alone(checkpoint: Path, tmp_path: Path) ->
         ("config.json", "is not a checkpoint folder: it has no config.json"),
         ("preprocessor_config.json", "lacks its image processor: it has no preprocessor_config.json"),
         ("tokenizer.json", "has no tokenizer: neither tokenizer.json nor tokenizer.model"),
-        ("model.safetensors", "has no weights, expected one of model.safetensors.index.json"),
+        ("model.safetensors", "has no weights, expected one of model.safetensors, model"),
     ],
 )
 def test_missing_file(broken: Path, tmp_path: Path, name: str, message: str) -> None:

@@ -294,7 +294,7 @@ def test_given_tower_goes_before_the_one_inside(tmp_path: Path) -> None:
     inside, given = formats.make(seed=1), formats.make(seed=2)
     folder = formats.original(tmp_path / "checkpoint", inside)
     tower = formats.tower(tmp_path / "given", given, whole=True)
-    loaded = checkpoints.load(folder, str(tower))
+    loaded = checkpoints.load(folder, vision_tower=str(tower))
     for name, tensor in given.tensors.items():
         if "vision_tower" in name:
             assert torch.equal(loaded.weights.read(name), tensor)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from dualfocus.runtime import packed
 from dualfocus.runtime.engines import Decoder, VisionEncoder
 from dualfocus.runtime.errors import BundleError
 from dualfocus.runtime.grammar import BoxGrammar
@@ -47,7 +48,7 @@ class Bundle:
 
     @classmethod
     def open(cls, path: Path | str = BUILT_IN, *, threads: int | None = None, spin: bool = True) -> Bundle:
-        """Check the bundle at `path` and open its engines on the CPU.
+        """Check the bundle at `path` and open its engines on the CPU, packed if they are (`packed`).
 
         `threads` None takes one for each core. With `spin` they wait awake for each other within a call,
         which is faster unless something else wants their cores. Raises BundleError, and EngineError when
@@ -67,6 +68,7 @@ class Bundle:
         )  # not at the top: `inspect` needs no engine
 
         use = Threads(threads, spin)
+        graphs = packed.graphs(path, digest)
 
         return cls(
             path,
@@ -74,13 +76,13 @@ class Bundle:
             digest,
             "cpu",
             OnnxVisionEncoder(
-                path / "vision.onnx",
+                graphs / "vision.onnx",
                 manifest.image,
                 manifest.decoder.hidden,
                 use,
                 one_by_one=manifest.precision in ("int8", "int4"),
             ),
-            OnnxDecoder(path / "decoder.onnx", manifest.decoder, use),
+            OnnxDecoder(graphs / "decoder.onnx", manifest.decoder, use),
             tokenizer,
             embeddings,
         )

@@ -29,6 +29,7 @@ except ImportError:
     ) from None
 
 
+VERSION: str = ort.__version__
 IDLE_TOKENS = 8  # a call may compute so many idle positions; for more, another call costs less
 
 Shapes = dict[str, list[int | None]]  # by name; None: any size
@@ -42,8 +43,20 @@ class Threads:
     spin: bool = True  # between two parts of a call, threads wait awake: right unless others want the cores
 
 
-def _open(path: Path, threads: Threads, inputs: Shapes, outputs: Shapes) -> ort.InferenceSession:
-    """A session on the graph at `path`, which has these `inputs` and no others, and these `outputs`."""
+def save_packed(source: Path, target: Path) -> None:
+    """Write the graph at `source`, its weights as the kernels read them beside it, to `target`."""
+    options = _options(Threads())
+    options.optimized_model_filepath = str(target)
+    for entry, value in {
+        "session.optimized_model_external_initializers_file_name": f"{target.name}.data",
+        "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+        "session.save_external_prepacked_constant_initializers": "1",
+    }.items():
+        options.add_session_config_entry(entry, value)
+    _session(source, options)
+
+
+def _options(threads: Threads) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads.number is not None:
@@ -55,11 +68,20 @@ def _open(path: Path, threads: Threads, inputs: Shapes, outputs: Shapes) -> ort.
     # it would halve the speed. The crop kernel's AVX-512 path needs VNNI too, so it is there or is not.
     if "avx512" not in kernels.available():
         options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
+def _session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
     try:
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common base but this
         reason = str(error).splitlines()[0]
-        raise BundleError(f"{path} cannot be opened by ONNX Runtime {ort.__version__}: {reason}") from None
+        raise BundleError(f"{path} cannot be opened by ONNX Runtime {VERSION}: {reason}") from None
+
+
+def _open(path: Path, threads: Threads, inputs: Shapes, outputs: Shapes) -> ort.InferenceSession:
+    """A session on the graph at `path`, which has these `inputs` and no others, and these `outputs`."""
+    session = _session(path, _options(threads))
     for kind, nodes, expected in (
         ("input", session.get_inputs(), inputs),
         ("output", session.get_outputs(), outputs),
@@ -153,8 +175,8 @@ class OnnxDecoder:
         idle = row - last - 1
         if not self._spec.ragged_append:
             return longest == 1 and not idle
-        room = cache.capacity - longest  # ONNX Runtime wants it for the padding too
-        return idle * longest <= IDLE_TOKENS and max(cache.lengths[last], cache.lengths[row]) <= room
+        room = cache.capacity - longest  # ONNX Runtime wants it for the padding too, of idle rows as well
+        return idle * longest <= IDLE_TOKENS and max(cache.lengths[last : row + 1]) <= room
 
     def _run(
         self,

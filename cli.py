@@ -164,6 +164,10 @@ def export(
         Literal["onnxruntime", "onnx-standard"],
         typer.Option(help="The decoder's operators: ONNX Runtime's own, or the standard's alone."),
     ] = "onnxruntime",
+    cache: Annotated[
+        Literal["float32", "float16"],
+        typer.Option(help="Of the KV cache. float16 is half the memory, and rounds keys and values."),
+    ] = "float32",
     coords: Annotated[
         Literal["original", "padded", "model"] | None,
         typer.Option(
@@ -200,6 +204,7 @@ def export(
                     out,
                     precision=precision,
                     target=target,
+                    cache=cache,
                     coordinates=coords,
                     vision_tower=vision_tower,
                     revision=revision,
@@ -781,7 +786,7 @@ def _print_manifest(manifest: Manifest, budget: dict[str, int], *, verified: boo
         "image": f"{image.size} x {image.size}, {image.tokens} tokens, fitted by {image.fit}",
         "decoder": (
             f"{decoder.layers} layers of {decoder.hidden}, {decoder.heads} heads of {decoder.head_size}, "
-            f"{decoder.kv_heads} KV heads, {decoder.dtype}"
+            f"{decoder.kv_heads} KV heads, KV cache of {decoder.dtype}"
         ),
         "vocabulary": f"{decoder.vocabulary} tokens",
         "context": f"{decoder.context} tokens, replies of at most {manifest.max_new_tokens}",

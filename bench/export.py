@@ -3,8 +3,8 @@
 ``dualfocus bench export --random llava-7b``. Random weights of the shape are written first, as a published
 checkpoint has them: the original LLaVA's in two ``.bin`` shards with the tower inside, or Hugging Face's in
 three of safetensors; float16, by the names that they are published with. Then ``dualfocus export`` runs as a
-process of its own, whose private memory (``RssAnon``: what is no file's) is read every 20 ms, and two new
-processes answer a question, one behind the other.
+process of its own, whose private memory (``RssAnon``: what is no file's) is read every 20 ms. Two new processes
+answer a question, one behind the other, and two more once the bundle's weights are packed.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from dualfocus.export.shapes import Shape
 from dualfocus.runtime.bundle import read_manifest
 from dualfocus.runtime.errors import InputError
 from dualfocus.runtime.manifest import Precision
+from dualfocus.runtime.packed import pack
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,7 +58,7 @@ def run(
     command = [sys.executable, "-m", "dualfocus.cli", "export", str(checkpoint), "-o", str(bundle)]
     watch("export", 0, 1)
     exported = _measured([*command, "--precision", precision])
-    manifest, _ = read_manifest(bundle)
+    manifest, digest = read_manifest(bundle)
     result = harness.header("export", threads, manifest=manifest) | {
         "layout": layout,
         "checkpoint_bytes": _size(checkpoint),
@@ -68,11 +69,18 @@ def run(
     with tempfile.TemporaryDirectory() as place:
         picture = Path(place) / "photograph.png"
         Image.fromarray(photograph()).save(picture, compress_level=1)
-        starts = []
-        for which in ("first", "second"):
-            watch(f"{which} start", 0, 1)
-            starts.append(fresh.measure(picture, QUESTION, bundle, threads, True, {}))
-    return result | {"starts": starts}
+
+        def start(name: str) -> dict[str, Any]:
+            watch(name, 0, 1)
+            return fresh.measure(picture, QUESTION, bundle, threads, True, {})
+
+        starts = {name: start(name) for name in ("first start", "second start")}
+        watch("packing", 0, 1)
+        begin = time.perf_counter()
+        folder = pack(bundle, digest, result["bundle_bytes"])
+        packed = {"seconds": time.perf_counter() - begin, "bytes": _size(folder)}
+        starts |= {name: start(name) for name in ("packed, first start", "packed, second start")}
+    return result | {"starts": starts, "packed": packed}
 
 
 def write_checkpoint(shape: Shape, layout: Layout, folder: Path, watch: Watch) -> None:
@@ -146,7 +154,8 @@ def _memory(process: int) -> dict[str, int]:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
+    """Bytes of the files in `folder`; what is in folders of it is not counted."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
 def show(result: Mapping[str, Any], console: Console) -> None:
@@ -162,11 +171,15 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         "memory": f"{exported['peak_rss'] / 1e9:.2f} GB with the files that are mapped",
         **dict(line.split(": ", 1) for line in exported["said"] if ": " in line),
     }.items():
-        console.print(f"{what:>14}  {fact}", markup=False)
-    for which, start in zip(("first start", "second start"), result["starts"], strict=True):
+        console.print(f"{what:>20}  {fact}", markup=False)
+    packed = result["packed"]
+    console.print(
+        f"{'packed':>20}  {packed['bytes'] / 1e9:.1f} GB in {packed['seconds']:.0f} s", markup=False
+    )
+    for which, start in result["starts"].items():
         model, answer = (start["times_ms"][step] / 1e3 for step in ("model", "answer"))
         console.print(
-            f"{which:>14}  model {model:.1f} s, answer {answer:.1f} s, "
+            f"{which:>20}  model {model:.1f} s, answer {answer:.1f} s, "
             f"private {start['rss_anon'] / 1e9:.2f} GB",
             markup=False,
         )

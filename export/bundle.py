@@ -22,7 +22,7 @@ from pathlib import Path
 
 from dualfocus.export.errors import ExportError
 from dualfocus.export.shapes import Shape
-from dualfocus.runtime.manifest import CoordinateSpace, FileEntry, Manifest, Precision, Target
+from dualfocus.runtime.manifest import CacheType, CoordinateSpace, FileEntry, Manifest, Precision, Target
 
 
 def export_bundle(
@@ -31,6 +31,7 @@ def export_bundle(
     *,
     precision: Precision = "fp32",
     target: Target = "onnxruntime",
+    cache: CacheType = "float32",
     ragged_append: bool = True,
     coordinates: CoordinateSpace | None = None,
     vision_tower: str | None = None,
@@ -44,7 +45,8 @@ def export_bundle(
     Given a `Shape`, its model of random weights instead, which is never written as a checkpoint.
 
     A bundle already at `out` is replaced; any other non-empty folder is left alone. With `target`
-    "onnx-standard" the decoder is written in operators of the standard alone. `ragged_append` gives the
+    "onnx-standard" the decoder is written in operators of the standard alone; `cache` is what it keeps keys
+    and values in. `ragged_append` gives the
     decoder the input that ONNX Runtime before 1.32 does not know. `coordinates` and `vision_tower` override
     what the checkpoint says (`checkpoint.describe`, `checkpoint.load`); `revision` is the Hub's. With
     `resume`, an export to `out` that was interrupted goes on, if there is one. `progress` gets one line per
@@ -74,6 +76,7 @@ def export_bundle(
         ragged_append=ragged_append,
         precision=precision,
         target=target,
+        cache=cache,
         coordinates=coordinates,
         revision=commit,
     )

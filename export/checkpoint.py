@@ -49,6 +49,7 @@ from dualfocus.runtime.errors import BundleError
 from dualfocus.runtime.manifest import (
     FORMAT_VERSION,
     BoxFormat,
+    CacheType,
     CoordinateSpace,
     Manifest,
     Precision,
@@ -338,6 +339,7 @@ def describe(
     ragged_append: bool,
     precision: Precision = "fp32",
     target: Target = "onnxruntime",
+    cache: CacheType = "float32",
     coordinates: CoordinateSpace | None = None,
     revision: str | None = None,
 ) -> Manifest:
@@ -382,6 +384,7 @@ def describe(
                 config.text_config,
                 vocabulary=checkpoint.skeleton.lm_head.out_features,
                 ragged_append=ragged_append,
+                cache=cache,
             )
         ),
         "tokens": dataclasses.asdict(checkpoint.tokens),

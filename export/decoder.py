@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 from dualfocus.export.errors import ExportError
 from dualfocus.export.graph import MICROSOFT, OPSET, STANDARD_OPSET, DataFile, Graph
 from dualfocus.export.quantize import EXACT, Part, decoder_form, product
-from dualfocus.runtime.manifest import DecoderSpec, Precision, Target
+from dualfocus.runtime.manifest import CacheType, DecoderSpec, Precision, Target
 
 KINDS = ("llama", "mistral", "qwen2")  # whose layers are the one that is written here
 INPUTS = "inputs_embeds"
@@ -78,7 +78,9 @@ class Head:
     head: Linear  # (vocabulary, hidden)
 
 
-def describe(config: PretrainedConfig, *, vocabulary: int, ragged_append: bool) -> DecoderSpec:
+def describe(
+    config: PretrainedConfig, *, vocabulary: int, ragged_append: bool, cache: CacheType = "float32"
+) -> DecoderSpec:
     """The spec of the graph for a language model's `config`; ExportError where it could not be written."""
     if config.model_type not in KINDS:
         raise ExportError(
@@ -102,7 +104,7 @@ def describe(config: PretrainedConfig, *, vocabulary: int, ragged_append: bool) 
         head_size=head_size,
         vocabulary=vocabulary,
         context=_context(config),
-        dtype="float32",
+        dtype=cache,
         ragged_append=ragged_append,
     )
 
@@ -132,7 +134,10 @@ class DecoderGraphs:
         self._spec, self._precision, self._data = spec, precision, data
         self._opset = STANDARD_OPSET if target == "onnx-standard" else OPSET
         self._epsilon = float(config.rms_norm_eps)
-        self._rotary = dict(zip(("cos", "sin"), rotary, strict=True))
+        self._kind = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}[spec.dtype]
+        # GroupQueryAttention turns in the cache's type, RotaryEmbedding in that of what was projected
+        of_tables = torch.float16 if spec.dtype == "float16" and target == "onnxruntime" else torch.float32
+        self._rotary = {name: table.to(of_tables) for name, table in zip(("cos", "sin"), rotary, strict=True)}
         self._shared: list[TensorProto] = []  # the tables, once they are stored
 
     def share(self, part: onnx.ModelProto) -> None:
@@ -213,12 +218,12 @@ class DecoderGraphs:
         if spec.ragged_append:
             lengths.append(graph.input("query_seqlens", TensorProto.INT32, ["batch"]))
         for name in past:
-            graph.input(name, TensorProto.FLOAT, cache)
+            graph.input(name, self._kind, cache)
         tables = [graph.weight(name, table.numpy()) for name, table in self._rotary.items()]
         write = self._standard_attention if graph.is_standard else self._grouped_query_attention
         out = write(graph, x, qkv, past, present, lengths, tables, f"layers.{i}.attention")
         for name in present:
-            graph.output(name, TensorProto.FLOAT, cache)
+            graph.output(name, self._kind, cache)
         return out
 
     def _grouped_query_attention(
@@ -234,7 +239,7 @@ class DecoderGraphs:
     ) -> str:
         """One node of ONNX Runtime's own."""
         # Inputs 1 and 2 (key, value) are packed into the query; 9 to 15 are features no llama uses.
-        inputs = [qkv, "", "", *past, *lengths[:2], *tables]
+        inputs = [self._as_cached(graph, qkv), "", "", *past, *lengths[:2], *tables]
         if self._spec.ragged_append:
             inputs += [""] * 7 + lengths[2:]
         out = graph.add(
@@ -246,6 +251,7 @@ class DecoderGraphs:
             kv_num_heads=self._spec.kv_heads,
             do_rotary=1,
         )
+        out = self._as_computed(graph, out)
         if self._precision != "int8" or not self._spec.ragged_append:
             return out
         # Padding is what happened to be in memory, and would share the range of what is multiplied next.
@@ -300,12 +306,25 @@ class DecoderGraphs:
         seen = []
         for before, after, of in zip(past, present, (f"{name}.key", f"{name}.value"), strict=True):
             old = add("GatherND", [before, places], f"{of}.old", batch_dims=2)
-            written = add("Where", [fresh, of, old], f"{of}.written")
+            written = add("Where", [fresh, self._as_cached(graph, of), old], f"{of}.written")
             add("TensorScatter", [before, written, start], after, axis=2)
             seen.append(add("Slice", [after, _ints(graph, 0), end, _ints(graph, 2)], f"{of}.seen"))
-        out = add("Attention", [query, *seen, visible], f"{name}.found")
+        out = add("Attention", [self._as_cached(graph, query), *seen, visible], f"{name}.found")
+        out = self._as_computed(graph, out)
         out = add("Transpose", [out], f"{name}.positions", perm=[0, 2, 1, 3])
         return add("Reshape", [out, _ints(graph, 0, 0, spec.heads * spec.head_size)], f"{name}.out")
+
+    def _as_cached(self, graph: Graph, x: str) -> str:
+        """`x` in the cache's type."""
+        if self._kind == TensorProto.FLOAT:
+            return x
+        return graph.add("Cast", [x], f"{x}.cached", to=self._kind)
+
+    def _as_computed(self, graph: Graph, x: str) -> str:
+        """`x`, of the cache's type, in float32."""
+        if self._kind == TensorProto.FLOAT:
+            return x
+        return graph.add("Cast", [x], f"{x}.computed", to=TensorProto.FLOAT)
 
 
 def _ints(graph: Graph, *numbers: int) -> str:

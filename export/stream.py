@@ -66,9 +66,12 @@ class Export:
         self._sizes = {name: math.prod(checkpoint.weights.shapes[name]) for name in checkpoint.names}
         self._done = 0
         # float16 stored as float16 is what it was
-        self._is_exact = manifest.precision == "fp32" or (
-            manifest.precision == "fp16"
-            and {checkpoint.weights.dtypes[name] for name in self._sizes} == {"F16"}
+        self._is_exact = manifest.decoder.dtype == "float32" and (
+            manifest.precision == "fp32"
+            or (
+                manifest.precision == "fp16"
+                and {checkpoint.weights.dtypes[name] for name in self._sizes} == {"F16"}
+            )
         )
         self._has_half_embeddings = checkpoint.weights.dtypes[EMBEDDINGS] == "F16"
         self._seed = 0

@@ -211,7 +211,7 @@ class Session:
         shape = (rows, spec.kv_heads, capacity, spec.head_size)
         self.caches = {
             name.removeprefix("past_key_values."): ort.OrtValue.ortvalue_from_numpy(
-                np.zeros(shape, np.float32)
+                np.zeros(shape, spec.dtype)
             )
             for name in self.names
             if name.startswith("past_key_values.")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from dualfocus.runtime.manifest import DecoderSpec
 
-Entries = npt.NDArray[np.float32]
+Entries = npt.NDArray[np.float32 | np.float16]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes reserved: 2 x layers x rows x KV heads x capacity x head size x 4."""
+        """Bytes reserved: 2 x layers x rows x KV heads x capacity x head size x bytes of a number."""
         return sum(array.nbytes for array in self.keys + self.values)
 
     @property

@@ -29,6 +29,7 @@ FORMAT_VERSION = 4
 Fit = Literal["pad", "crop", "stretch"]
 CoordinateSpace = Literal["original", "padded", "model"]
 SelectRule = Literal["reference", "answer"]
+CacheType = Literal["float32", "float16"]
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 Target = Literal["onnxruntime", "onnx-standard"]
 
@@ -68,7 +69,7 @@ class DecoderSpec:
     new ones, minus one; ``total_sequence_length`` () i32, the longest row's valid tokens;
     ``logits_at`` (B, K) i64, the positions in S whose logits are wanted; with `ragged_append` also
     ``query_seqlens`` (B,) i32, how many of the S new positions each row really has (right-padded);
-    ``past_key_values.{i}.key`` and ``.value`` (B, kv_heads, capacity, head_size) f32.
+    ``past_key_values.{i}.key`` and ``.value`` (B, kv_heads, capacity, head_size) of `dtype`.
 
     Outputs: ``logits`` (B, K, vocabulary) f32; ``present.{i}.key`` and ``.value``, which may be bound
     to the very buffers of the past: the cache is updated in place and its capacity never changes.
@@ -81,7 +82,7 @@ class DecoderSpec:
     head_size: int
     vocabulary: int
     context: int  # tokens the positions reach
-    dtype: Literal["float32"]
+    dtype: CacheType  # of keys and values
     ragged_append: bool  # appends of S > 1 to a non-empty cache in batches > 1
 
 

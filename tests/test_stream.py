@@ -23,8 +23,9 @@ from dualfocus.export import ExportError, export_bundle, stream, verify
 from dualfocus.export import checkpoint as checkpoints
 from dualfocus.export.weights import StoredWeights
 from dualfocus.runtime import Bundle, FocusRunner
+from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.errors import BundleError
-from dualfocus.runtime.manifest import Manifest, Precision
+from dualfocus.runtime.manifest import CacheType, Manifest, Precision, Target
 
 SHAPE = tiny.Shape(layers=3)
 
@@ -338,3 +339,38 @@ def test_the_reference_evaluator_runs_it(checkpoint: Path, tmp_path: Path) -> No
         for row, count in enumerate(counts):
             np.testing.assert_allclose(found["logits"][row, :count], expected[row, :count], atol=1e-4)
         caches = {name: found[name.replace("past_key_values", "present")] for name in caches}
+
+
+# ---- a cache of half the size
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "onnx-standard"])
+def test_a_float16_cache_is_half_the_memory_and_near(
+    checkpoint: Path, tmp_path: Path, target: Target, picture: np.ndarray
+) -> None:
+    lines: list[str] = []
+    caches: tuple[CacheType, ...] = ("float32", "float16")
+    for kind in caches:
+        export_bundle(checkpoint, tmp_path / kind, target=target, cache=kind, progress=lines.append)
+    assert float(lines[-1].split("from float32 ")[1].split()[0]) < 1e-4  # nats
+    bundles = [Bundle.open(tmp_path / kind, threads=1) for kind in caches]
+    whole, half = (KVCache(bundle.manifest.decoder, 2, 64) for bundle in bundles)
+    spec = bundles[0].manifest.decoder
+    assert whole.nbytes == 2 * spec.layers * 2 * spec.kv_heads * 64 * spec.head_size * 4
+    assert half.nbytes == whole.nbytes / 2
+    random = np.random.default_rng(0)
+    for lengths in ((20, 13), (5, 2), (1, 1)):
+        chunks = [random.standard_normal((length, spec.hidden), np.float32) for length in lengths]
+        at = [range(length) for length in lengths]
+        found = [
+            bundle.decoder.extend(cache, [0, 1], chunks, at)
+            for bundle, cache in zip(bundles, (whole, half), strict=True)
+        ]
+        for one, two in zip(*found, strict=True):
+            np.testing.assert_allclose(two, one, atol=0.02)
+            assert not np.array_equal(one, two)
+    # every saving works on it as on the other: forks, snapshots and all
+    runner = FocusRunner(bundles[1])
+    session = runner.session(picture)
+    for question in ("What is it?", "What is it?", "How many are there?"):
+        assert session.ask(question) is not None

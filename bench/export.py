@@ -3,8 +3,8 @@
 ``dualfocus bench export --random llava-7b``. Random weights of the shape are written first, as a published
 checkpoint has them: the original LLaVA's in two ``.bin`` shards with the tower inside, or Hugging Face's in
 three of safetensors; float16, by the names that they are published with. Then ``dualfocus export`` runs as a
-process of its own, whose private memory (``RssAnon``: what is no file's) is read every 20 ms. Two new processes
-answer a question, one behind the other, and two more once the bundle's weights are packed.
+process of its own, whose private memory (``RssAnon``: what is no file's) is read every 20 ms. Two new
+processes answer a question, one behind the other, and two more once the bundle's weights are packed.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 Layout = Literal["original", "huggingface"]
 
 QUESTION = "What is written on the red sign above the door?"
+ORIGINAL_TOWER = (336, 24, 1024)
 EVERY = 0.02  # seconds between two looks at a process's memory
 PRIVATE_LIMIT = 4e9  # bytes that an export may take
 SHARD_BYTES = {"original": 9_980_000_000, "huggingface": 4_990_000_000}  # as large as the published shards
@@ -52,6 +53,10 @@ def run(
     """
     if not Path("/proc/self/status").exists():
         raise InputError("bench export needs /proc, which this system does not have")
+    if layout == "original" and (shape.image, shape.tower_layers, shape.tower_width) != ORIGINAL_TOWER:
+        raise InputError(
+            f"bench export: original checkpoints have CLIP's ViT-L/14 at 336, {shape.name} has not"
+        )
     checkpoint, bundle = folder / f"{shape.name}-{layout}", folder / f"{shape.name}-{precision}"
     if not (checkpoint / "config.json").exists():  # written last
         write_checkpoint(shape, layout, checkpoint, watch)

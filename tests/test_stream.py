@@ -19,12 +19,13 @@ from onnx.reference import ReferenceEvaluator
 from typer.testing import CliRunner
 
 from dualfocus import cli
+from dualfocus.bench import export as bench_export
 from dualfocus.export import ExportError, export_bundle, stream, verify
 from dualfocus.export import checkpoint as checkpoints
 from dualfocus.export.weights import StoredWeights
 from dualfocus.runtime import Bundle, FocusRunner
 from dualfocus.runtime.cache import KVCache
-from dualfocus.runtime.errors import BundleError
+from dualfocus.runtime.errors import BundleError, InputError
 from dualfocus.runtime.manifest import CacheType, Manifest, Precision, Target
 
 SHAPE = tiny.Shape(layers=3)
@@ -180,6 +181,45 @@ def test_ctrl_c_says_how_to_go_on(checkpoint: Path, tmp_path: Path, monkeypatch:
     result = CliRunner().invoke(cli.app, ["export", str(checkpoint), "-o", str(tmp_path / "b")])
     assert result.exit_code == 130
     assert "--resume goes on" in result.stderr
+
+
+def test_the_command_passes_everything_on(checkpoint: Path, tmp_path: Path) -> None:
+    options = [
+        "--precision",
+        "int8",
+        "--target",
+        "onnx-standard",
+        "--cache",
+        "float16",
+        "--coords",
+        "model",
+        "--resume",
+    ]
+    result = CliRunner().invoke(cli.app, ["export", str(checkpoint), "-o", str(tmp_path / "b"), *options])
+    assert result.exit_code == 0, result.stderr
+    manifest = Bundle.open(tmp_path / "b").manifest
+    assert (manifest.precision, manifest.target, manifest.decoder.dtype) == (
+        "int8",
+        "onnx-standard",
+        "float16",
+    )
+    assert (manifest.coordinates, manifest.box) == ("model", None)
+    refused = CliRunner().invoke(
+        cli.app, ["export", str(checkpoint), "-o", str(tmp_path / "c"), "--vision-tower", "x"]
+    )
+    assert refused.exit_code == 2
+    assert "has its vision tower inside" in refused.stderr
+
+
+def test_the_bench_of_exports(tmp_path: Path) -> None:
+    """On a model too small for anything but seeing that all of it runs."""
+    shape = dataclasses.replace(SHAPE, name="small", vocabulary=900)
+    result = bench_export.run(shape, tmp_path, "huggingface", "int4", 1, lambda *_: None)
+    assert result["private"]["met"]
+    assert result["packed"]["bytes"] > 0
+    assert len({start["answer"] for start in result["starts"].values()}) == 1  # four processes, one answer
+    with pytest.raises(InputError, match="original checkpoints have CLIP's"):
+        bench_export.run(shape, tmp_path, "original", "int4", 1, lambda *_: None)
 
 
 # ---- two at once, and no room

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -117,6 +118,17 @@ def _context(config: PretrainedConfig) -> int:
     return int(min(config.max_position_embeddings, window))
 
 
+class _Names(NamedTuple):
+    """What attention is given, by the names of the values."""
+
+    x: str  # what the layer was given, (B, S, hidden)
+    qkv: str
+    past: list[str]  # keys and values
+    present: list[str]
+    lengths: list[str]  # seqlens_k, total_sequence_length and, with ragged appends, query_seqlens
+    tables: list[str]  # cosines and sines
+
+
 class DecoderGraphs:
     """Makes the graphs of one decoder, whose weights go to `data`."""
 
@@ -221,31 +233,21 @@ class DecoderGraphs:
             graph.input(name, self._kind, cache)
         tables = [graph.weight(name, table.numpy()) for name, table in self._rotary.items()]
         write = self._standard_attention if graph.is_standard else self._grouped_query_attention
-        out = write(graph, x, qkv, past, present, lengths, tables, f"layers.{i}.attention")
+        out = write(graph, _Names(x, qkv, past, present, lengths, tables), f"layers.{i}.attention")
         for name in present:
             graph.output(name, self._kind, cache)
         return out
 
-    def _grouped_query_attention(
-        self,
-        graph: Graph,
-        x: str,
-        qkv: str,
-        past: list[str],
-        present: list[str],
-        lengths: list[str],
-        tables: list[str],
-        name: str,
-    ) -> str:
+    def _grouped_query_attention(self, graph: Graph, of: _Names, name: str) -> str:
         """One node of ONNX Runtime's own."""
         # Inputs 1 and 2 (key, value) are packed into the query; 9 to 15 are features no llama uses.
-        inputs = [self._as_cached(graph, qkv), "", "", *past, *lengths[:2], *tables]
+        inputs = [self._as_cached(graph, of.qkv), "", "", *of.past, *of.lengths[:2], *of.tables]
         if self._spec.ragged_append:
-            inputs += [""] * 7 + lengths[2:]
+            inputs += [""] * 7 + of.lengths[2:]
         out = graph.add(
             "GroupQueryAttention",
             inputs,
-            [f"{name}.out", *present],
+            [f"{name}.out", *of.present],
             domain=MICROSOFT,
             num_heads=self._spec.heads,
             kv_num_heads=self._spec.kv_heads,
@@ -255,60 +257,50 @@ class DecoderGraphs:
         if self._precision != "int8" or not self._spec.ragged_append:
             return out
         # Padding is what happened to be in memory, and would share the range of what is multiplied next.
-        fresh = graph.add("Unsqueeze", [_fresh(graph, x, lengths[2]), _ints(graph, 2)], "fresh.column")
+        fresh = graph.add("Unsqueeze", [_fresh(graph, of.x, of.lengths[2]), _ints(graph, 2)], "fresh.column")
         zero = graph.weight("zero", np.zeros((), np.float32))
         return graph.add("Where", [fresh, out, zero], f"{name}.fresh")
 
-    def _standard_attention(
-        self,
-        graph: Graph,
-        x: str,
-        qkv: str,
-        past: list[str],
-        present: list[str],
-        lengths: list[str],
-        tables: list[str],
-        name: str,
-    ) -> str:
+    def _standard_attention(self, graph: Graph, of: _Names, name: str) -> str:
         """The same in operators of the ONNX standard.
 
         What a position may see is written out as a mask, because what ``is_causal`` means behind a cache was
         settled only in 2026. Padding writes what is there already, so that it changes nothing.
         """
         spec, add = self._spec, graph.add
-        new = add("Cast", [lengths[2]], "new", to=TensorProto.INT64)
+        new = add("Cast", [of.lengths[2]], "new", to=TensorProto.INT64)
         fresh = add(
-            "Unsqueeze", [_fresh(graph, x, lengths[2]), _ints(graph, 1, 3)], "fresh.rows"
+            "Unsqueeze", [_fresh(graph, of.x, of.lengths[2]), _ints(graph, 1, 3)], "fresh.rows"
         )  # (B, 1, S, 1)
-        held = add("Cast", [lengths[0]], "held", to=TensorProto.INT64)
+        held = add("Cast", [of.lengths[0]], "held", to=TensorProto.INT64)
         start = add("Sub", [add("Add", [held, _ints(graph, 1)], "valid"), new], "start")  # (B,)
         column = add("Unsqueeze", [start, _ints(graph, 1)], "start.column")
-        position = add("Add", [column, _range(graph, _length(graph, x), "new")], "position")  # (B, S)
+        position = add("Add", [column, _range(graph, _length(graph, of.x), "new")], "position")  # (B, S)
         rotary = add("Min", [position, _ints(graph, spec.context - 1)], "rotary")
         row = add("Unsqueeze", [position, _ints(graph, 1, 3)], "position.rows")  # (B, 1, S, 1)
         places = add("Expand", [row, _ints(graph, 1, spec.kv_heads, 1, 1)], "places")
-        total = add("Cast", [lengths[1]], "total", to=TensorProto.INT64)
+        total = add("Cast", [of.lengths[1]], "total", to=TensorProto.INT64)
         reaches = add("LessOrEqual", [_range(graph, total, "held"), row], "reaches")  # (B, 1, S, total)
         visible = add("And", [reaches, fresh], "visible")
         end = add("Reshape", [total, _ints(graph, 1)], "end")
 
         heads = add(
             "Reshape",
-            [qkv, _ints(graph, 0, 0, spec.heads + 2 * spec.kv_heads, spec.head_size)],
+            [of.qkv, _ints(graph, 0, 0, spec.heads + 2 * spec.kv_heads, spec.head_size)],
             f"{name}.heads",
         )
         heads = add("Transpose", [heads], f"{name}.rows", perm=[0, 2, 1, 3])
         split = _ints(graph, spec.heads + spec.kv_heads, spec.kv_heads)
         turning = add("Split", [heads, split], [f"{name}.turning", f"{name}.value"], axis=1)
-        turned = add("RotaryEmbedding", [turning, *tables, rotary], f"{name}.turned")
+        turned = add("RotaryEmbedding", [turning, *of.tables, rotary], f"{name}.turned")
         split = _ints(graph, spec.heads, spec.kv_heads)
         query = add("Split", [turned, split], [f"{name}.query", f"{name}.key"], axis=1)
         seen = []
-        for before, after, of in zip(past, present, (f"{name}.key", f"{name}.value"), strict=True):
-            old = add("GatherND", [before, places], f"{of}.old", batch_dims=2)
-            written = add("Where", [fresh, self._as_cached(graph, of), old], f"{of}.written")
+        for before, after, part in zip(of.past, of.present, (f"{name}.key", f"{name}.value"), strict=True):
+            old = add("GatherND", [before, places], f"{part}.old", batch_dims=2)
+            written = add("Where", [fresh, self._as_cached(graph, part), old], f"{part}.written")
             add("TensorScatter", [before, written, start], after, axis=2)
-            seen.append(add("Slice", [after, _ints(graph, 0), end, _ints(graph, 2)], f"{of}.seen"))
+            seen.append(add("Slice", [after, _ints(graph, 0), end, _ints(graph, 2)], f"{part}.seen"))
         out = add("Attention", [self._as_cached(graph, query), *seen, visible], f"{name}.found")
         out = self._as_computed(graph, out)
         out = add("Transpose", [out], f"{name}.positions", perm=[0, 2, 1, 3])

@@ -223,7 +223,8 @@ def inspect(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a bundle.")],
     verify: Annotated[bool, typer.Option("--verify", help="Compare every file's SHA-256.")] = False,
     budget: Annotated[
-        bool, typer.Option("--budget", help="Open it, and measure the private memory that it takes.")
+        bool,
+        typer.Option("--budget", help="Open it, and measure that time and its private memory."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
@@ -235,16 +236,18 @@ def inspect(
         manifest, digest = bundles.read_manifest(bundle)
         if verify:
             bundles.verify(bundle, manifest)
-        parts = {}
+        parts: dict[str, int] = {}
+        opening = 0.0
         if budget:
             from dualfocus.bench.budget import measure
 
-            parts = measure(bundle)
+            parts, opening = measure(bundle)
         if as_json:
-            print(json.dumps(manifest.to_dict() | ({"budget": parts} if budget else {}), indent=2))
+            told = {"budget": parts, "opening_ms": opening} if budget else {}
+            print(json.dumps(manifest.to_dict() | told, indent=2))
         else:
             is_packed = packed.graphs(bundle, digest) != bundle
-            _print_manifest(manifest, parts, verified=verify, is_packed=is_packed)
+            _print_manifest(manifest, parts, opening, verified=verify, is_packed=is_packed)
 
 
 @app.command()
@@ -772,7 +775,9 @@ def _corners(box: Box) -> str:
     return f"[{', '.join(f'{side:.0f}' for side in box.corners)}]"
 
 
-def _print_manifest(manifest: Manifest, budget: dict[str, int], *, verified: bool, is_packed: bool) -> None:
+def _print_manifest(
+    manifest: Manifest, budget: dict[str, int], opening: float, *, verified: bool, is_packed: bool
+) -> None:
     from rich.table import Table
 
     image, decoder = manifest.image, manifest.decoder
@@ -796,6 +801,7 @@ def _print_manifest(manifest: Manifest, budget: dict[str, int], *, verified: boo
         + (", SHA-256 verified" if verified else "")
         + (", packed for this machine" if is_packed else ""),
         **{f"memory: {part}": f"{size / 1e6:.1f} MB" for part, size in budget.items()},
+        **({"opening": f"{opening:.0f} ms, files in the system's cache"} if budget else {}),
     }
     rows = Table.grid(padding=(0, 2))
     for name, fact in facts.items():

@@ -1,4 +1,4 @@
-"""``dualfocus inspect --budget``: the private memory that a bundle takes, by what takes it.
+"""``dualfocus inspect --budget``: the private memory that a bundle takes, by what takes it, and its start.
 
 Every part is what `RssAnon` of a new process grew by, in the order in which a question needs them; Linux
 tells it, other systems do not. Files that are mapped, the embeddings for one, are not private: the system
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from dualfocus.runtime.errors import InputError
@@ -18,8 +19,10 @@ from dualfocus.runtime.errors import InputError
 STATUS = Path("/proc/self/status")
 
 
-def measure(bundle: Path) -> dict[str, int]:
-    """Bytes, by part; "KV cache" is what two rows reserve, and all that they can ever touch.
+def measure(bundle: Path) -> tuple[dict[str, int], float]:
+    """Bytes, by part, and the milliseconds that opening took.
+
+    "KV cache" is what two rows reserve, and all that they can ever touch.
 
     "in all" is the sum, which answering one question at a time does not exceed, but by what is kept of
     pictures for later questions (``--cache-mb``). InputError where the system does not tell.
@@ -31,8 +34,8 @@ def measure(bundle: Path) -> dict[str, int]:
     )
     if done.returncode:
         raise InputError(f"--budget: {bundle} could not be run: {done.stderr.strip().splitlines()[-1]}")
-    parts: dict[str, int] = json.loads(done.stdout)
-    return parts
+    parts, opening = json.loads(done.stdout)
+    return parts, opening
 
 
 def private() -> int:
@@ -42,7 +45,7 @@ def private() -> int:
     return 1024 * int(kilobytes)
 
 
-def _measure_here(path: Path) -> dict[str, int]:
+def _measure_here(path: Path) -> tuple[dict[str, int], float]:
     import numpy as np
 
     from dualfocus.runtime.bundle import Bundle
@@ -51,7 +54,9 @@ def _measure_here(path: Path) -> dict[str, int]:
     from dualfocus.runtime.turns import Turns
 
     libraries = private()
+    begin = time.perf_counter()
     bundle = Bundle.open(path)
+    opening = 1e3 * (time.perf_counter() - begin)
     opened = private()
     manifest = bundle.manifest
     spec, image = manifest.decoder, manifest.image
@@ -69,7 +74,7 @@ def _measure_here(path: Path) -> dict[str, int]:
         "activations": max(0, private() - opened - touched),
         "KV cache": cache.nbytes,
     }
-    return parts | {"in all": sum(parts.values())}
+    return parts | {"in all": sum(parts.values())}, opening
 
 
 if __name__ == "__main__":

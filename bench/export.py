@@ -40,7 +40,7 @@ Layout = Literal["original", "huggingface"]
 QUESTION = "What is written on the red sign above the door?"
 ORIGINAL_TOWER = (336, 24, 1024)
 EVERY = 0.02  # seconds between two looks at a process's memory
-PRIVATE_LIMIT = 4e9  # bytes that an export may take
+PRIVATE_LIMIT = 4_000_000_000  # bytes that an export may take
 SHARD_BYTES = {"original": 9_980_000_000, "huggingface": 4_990_000_000}  # as large as the published shards
 
 
@@ -163,28 +163,35 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
+def facts(result: Mapping[str, Any]) -> dict[str, str]:
+    """What was measured, in words."""
+    exported, private = result["export"], harness.verdict(result["private"])
+    found = {
+        "checkpoint": f"{result['layout']}, {result['checkpoint_bytes'] / 1e9:.1f} GB",
+        "bundle": f"{result['precision']}, {result['bundle_bytes'] / 1e9:.1f} GB",
+        "export": f"{exported['seconds'] / 60:.1f} minutes",
+        "its private memory": f"{exported['peak_rss_anon'] / 1e9:.2f} GB at the most ({private})",
+        "with mapped files": f"{exported['peak_rss'] / 1e9:.1f} GB",
+    }
+    if packed := result.get("packed"):
+        found["packing"] = f"{packed['seconds']:.0f} s, {packed['bytes'] / 1e9:.1f} GB"
+    for name, start in result["starts"].items():
+        model, answer = (start["times_ms"][step] / 1e3 for step in ("model", "answer"))
+        private = f"{start['rss_anon'] / 1e9:.2f} GB private"
+        found[name] = f"model open in {model:.1f} s, answer {answer:.0f} s later, {private}"
+    return found
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """README's table."""
+    rows = [f"| {name} | {fact} |" for name, fact in facts(result).items()]
+    return "\n".join([f"| {result['bundle']} | |", "|---|---|", *rows])
+
+
 def show(result: Mapping[str, Any], console: Console) -> None:
     """For people."""
     harness.show_machine(result["machine"], console)
-    exported = result["export"]
-    for what, fact in {
-        "checkpoint": f"{result['checkpoint_bytes'] / 1e9:.1f} GB, {result['layout']}",
-        "bundle": f"{result['bundle_bytes'] / 1e9:.1f} GB, {result['precision']}",
-        "export": f"{exported['seconds'] / 60:.1f} minutes",
-        "private memory": f"{exported['peak_rss_anon'] / 1e9:.2f} GB at the most, "
-        + harness.verdict(result["private"]),
-        "memory": f"{exported['peak_rss'] / 1e9:.2f} GB with the files that are mapped",
-        **dict(line.split(": ", 1) for line in exported["said"] if ": " in line),
-    }.items():
-        console.print(f"{what:>20}  {fact}", markup=False)
-    packed = result["packed"]
-    console.print(
-        f"{'packed':>20}  {packed['bytes'] / 1e9:.1f} GB in {packed['seconds']:.0f} s", markup=False
-    )
-    for which, start in result["starts"].items():
-        model, answer = (start["times_ms"][step] / 1e3 for step in ("model", "answer"))
-        console.print(
-            f"{which:>20}  model {model:.1f} s, answer {answer:.1f} s, "
-            f"private {start['rss_anon'] / 1e9:.2f} GB",
-            markup=False,
-        )
+    for line in result["export"]["said"]:
+        console.print(line, markup=False)
+    for name, fact in facts(result).items():
+        console.print(f"{name:>20}  {fact}", markup=False)

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.skipif(not budget.STATUS.exists(), reason="only Linux t
 
 
 def test_the_parts_of_the_built_in_model() -> None:
-    parts = budget.measure(BUILT_IN)
+    parts, opening = budget.measure(BUILT_IN)
+    assert opening > 0
     total = parts.pop("in all")
     assert total == sum(parts.values())
     manifest, _ = read_manifest(BUILT_IN)
@@ -30,8 +31,10 @@ def test_the_parts_of_the_built_in_model() -> None:
 def test_the_command_line_shows_them(tmp_path: Path) -> None:
     shown = CliRunner().invoke(cli.app, ["inspect", str(BUILT_IN), "--budget"]).stdout
     assert "memory: packed weights" in shown
+    assert "ms, files in the system's cache" in shown
     told = json.loads(CliRunner().invoke(cli.app, ["inspect", str(BUILT_IN), "--budget", "--json"]).stdout)
     assert {"KV cache", "in all"} <= told["budget"].keys()
+    assert told["opening_ms"] > 0
     assert "budget" not in json.loads(
         CliRunner().invoke(cli.app, ["inspect", str(BUILT_IN), "--json"]).stdout
     )

@@ -90,7 +90,7 @@ class Export:
         total += decoder_form(precision, "head", 0, spec.layers).nbytes(spec.vocabulary, spec.hidden)
         total += 4 * spec.context * spec.head_size  # rotary tables
         total += 4 * spec.hidden**2 if precision == "int8" else 0  # the rotation of what comes in
-        return max(total, 3 * tower)  # torch's, the exporter's and ours, before the decoder is there
+        return max(total, 4 * tower)  # torch's twice, the exporter's and ours, before the decoder is there
 
     def begin(self, *, resume: bool) -> None:
         """Empty the folder, or see that what is in it is the beginning of this export."""

@@ -33,8 +33,7 @@ PARTS = ("model.vision_tower.", "model.multi_modal_projector.")
 def read_tower(config: LlavaConfig, weights: Weights, folder: Path) -> LlavaForConditionalGeneration:
     """transformers' model of `config` with the weights of tower and projector, and without decoder layers.
 
-    The weights are put into `folder` and mapped: exporters hold them three times, of which one then takes
-    no private memory.
+    The weights are put into `folder` and mapped, so that they take no private memory beside the exporter's.
     """
     config = copy.deepcopy(config)
     config.text_config.num_hidden_layers = 0
@@ -84,10 +83,34 @@ class VisionOnnxConfig(OnnxConfig):
         return {"image_features": {0: "batch"}}
 
 
+class Product(nn.Module):
+    """A linear layer whose matrix is stored as ONNX multiplies with it, (inputs, outputs).
+
+    The exporter would turn the other kind itself, in private memory.
+    """
+
+    def __init__(self, linear: nn.Linear, path: Path) -> None:
+        super().__init__()
+        np.save(path, np.ascontiguousarray(linear.weight.detach().numpy().T))
+        self.weight = nn.Parameter(torch.from_numpy(np.load(path, mmap_mode="c")), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = torch.matmul(x, self.weight)
+        return product if self.bias is None else product + self.bias
+
+
 def export_vision(model: LlavaForConditionalGeneration, path: Path) -> None:
-    """Write the float32 graph as optimum does, its weights in it or beside it."""
+    """Write the float32 graph as optimum does, its weights in it or beside it; other files may stay there."""
     vision = Vision(model).eval()
-    export(vision, VisionOnnxConfig(vision.config), path, opset=OPSET)
+    linears = {name: layer for name, layer in vision.named_modules() if type(layer) is nn.Linear}
+    for name, layer in linears.items():
+        vision.set_submodule(name, Product(layer, path.with_name(f"{name}.transposed.npy")))
+    try:
+        export(vision, VisionOnnxConfig(vision.config), path, opset=OPSET)
+    finally:
+        for name, layer in linears.items():
+            vision.set_submodule(name, layer)
 
 
 def store_vision(source: Path, target: Path, precision: Precision) -> None:

@@ -6,6 +6,9 @@ makes a kept prefix exact: its entries do not depend on what follows.
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,8 +39,8 @@ class KVCache:
         shape = (rows, spec.kv_heads, capacity, spec.head_size)
         self.capacity = capacity
         self.lengths = [0] * rows
-        self.keys: list[Entries] = [np.zeros(shape, spec.dtype) for _ in range(spec.layers)]
-        self.values: list[Entries] = [np.zeros(shape, spec.dtype) for _ in range(spec.layers)]
+        self.keys: list[Entries] = [_reserve(shape, spec.dtype) for _ in range(spec.layers)]
+        self.values: list[Entries] = [_reserve(shape, spec.dtype) for _ in range(spec.layers)]
 
     @property
     def nbytes(self) -> int:
@@ -73,3 +76,16 @@ class KVCache:
         for array, entries in zip(self.keys + self.values, snapshot.entries, strict=True):
             array[row, :, :length] = entries
         self.lengths[row] = length
+
+
+def _reserve(shape: tuple[int, ...], dtype: str) -> Entries:
+    """Zeros that take memory page by page as they are written to.
+
+    NumPy asks the system for huge pages, of which one is all that a head of a row may ever hold.
+    """
+    memory = mmap.mmap(-1, math.prod(shape) * np.dtype(dtype).itemsize)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system without huge pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    zeros: Entries = np.frombuffer(memory, dtype).reshape(shape)
+    return zeros

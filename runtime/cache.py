@@ -83,9 +83,11 @@ def _reserve(shape: tuple[int, ...], dtype: str) -> Entries:
 
     NumPy asks the system for huge pages, of which one is all that a head of a row may ever hold.
     """
-    memory = mmap.mmap(-1, math.prod(shape) * np.dtype(dtype).itemsize)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        with contextlib.suppress(OSError):  # a system without huge pages
-            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if not hasattr(mmap, "MADV_NOHUGEPAGE"):
+        return np.zeros(shape, dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a system without huge pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
     zeros: Entries = np.frombuffer(memory, dtype).reshape(shape)
     return zeros

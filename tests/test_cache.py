@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import mmap
 from pathlib import Path
 
 import fakes
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dualfocus.bench import budget
 from dualfocus.runtime import Bundle
 from dualfocus.runtime.cache import KVCache, Snapshot
 from dualfocus.runtime.engines import Floats
@@ -195,3 +198,17 @@ def test_a_stale_entry_is_noticed():
     np.testing.assert_array_equal(good, good_too)
     np.testing.assert_array_equal(good, untouched)
     assert np.abs(good - spoilt).max() > 1e-3
+
+
+@pytest.mark.skipif(not budget.STATUS.exists(), reason="only Linux tells")
+def test_memory_is_taken_as_tokens_arrive() -> None:
+    """Not a huge page for each head: a token of each of 32 heads is 4 MB of those, and 16 KB."""
+    spec = dataclasses.replace(FAKE.manifest.decoder, layers=4, kv_heads=32, head_size=128)
+    before = budget.private()
+    cache = KVCache(spec, 2, 4096)
+    for array in cache.keys + cache.values:
+        array[0, :, :3] = 1
+    taken = budget.private() - before
+    pages = 2 * spec.layers * spec.kv_heads * mmap.PAGESIZE
+    assert cache.nbytes > 1_000_000_000
+    assert taken < 2 * pages + 8_000_000

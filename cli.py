@@ -161,13 +161,19 @@ def export(
         typer.Option(help="Of the weights. int8 is fast and close to fp32, int4 smaller and less close."),
     ] = "fp32",
     target: Annotated[
-        Literal["onnxruntime", "onnx-standard"],
-        typer.Option(help="The decoder's operators: ONNX Runtime's own, or the standard's alone."),
+        Literal["onnxruntime", "onnx-standard", "cuda", "tensorrt"],
+        typer.Option(
+            help="What the graphs are for: ONNX Runtime on a CPU, anything that runs the ONNX standard, "
+            "ONNX Runtime on a GPU, or TensorRT engines."
+        ),
     ] = "onnxruntime",
     cache: Annotated[
-        Literal["float32", "float16"],
-        typer.Option(help="Of the KV cache. float16 is half the memory, and rounds keys and values."),
-    ] = "float32",
+        Literal["float32", "float16"] | None,
+        typer.Option(
+            help="Of the KV cache. float16 is half the memory, and rounds keys and values  "
+            "[default: float32; for a GPU float16]"
+        ),
+    ] = None,
     coords: Annotated[
         Literal["original", "padded", "model"] | None,
         typer.Option(

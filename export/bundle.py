@@ -31,7 +31,7 @@ def export_bundle(
     *,
     precision: Precision = "fp32",
     target: Target = "onnxruntime",
-    cache: CacheType = "float32",
+    cache: CacheType | None = None,
     ragged_append: bool = True,
     coordinates: CoordinateSpace | None = None,
     vision_tower: str | None = None,

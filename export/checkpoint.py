@@ -48,6 +48,7 @@ from dualfocus.export.weights import FLOATS, Renames, StoredWeights, Weights, re
 from dualfocus.runtime.errors import BundleError
 from dualfocus.runtime.manifest import (
     FORMAT_VERSION,
+    ON_DEVICE,
     BoxFormat,
     CacheType,
     CoordinateSpace,
@@ -339,15 +340,26 @@ def describe(
     ragged_append: bool,
     precision: Precision = "fp32",
     target: Target = "onnxruntime",
-    cache: CacheType = "float32",
+    cache: CacheType | None = None,
     coordinates: CoordinateSpace | None = None,
     revision: str | None = None,
 ) -> Manifest:
     """The manifest of the bundle to be written, its `files` still empty.
 
+    `cache` None is float32, and float16 for a device, where it can be nothing else.
     `coordinates` overrides what the checkpoint's boxes are taken to be fractions of: without a declaration,
     of the picture for those called DualFocus, and for others, as LLaVA-1.5 was trained, of the padded square.
     """
+    if target in ON_DEVICE:
+        if precision not in ("fp16", "int4"):
+            raise ExportError(
+                f"--target {target} computes in float16, got --precision {precision}, expected fp16 or int4"
+            )
+        if cache == "float32":
+            raise ExportError(f"--target {target} computes in float16, and so keeps keys and values")
+        cache = "float16"
+    if target == "cuda":  # ONNX Runtime's for CUDA does not know the input that ragged appends need
+        ragged_append = False
     declared = checkpoint.declared or {}
     known = {"name", "prompts", "box", "fit", "coordinates", *DEFAULTS}
     if unknown := sorted(declared.keys() - known):
@@ -384,7 +396,7 @@ def describe(
                 config.text_config,
                 vocabulary=checkpoint.skeleton.lm_head.out_features,
                 ragged_append=ragged_append,
-                cache=cache,
+                cache=cache or "float32",
             )
         ),
         "tokens": dataclasses.asdict(checkpoint.tokens),

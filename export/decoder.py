@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from transformers import PretrainedConfig
 from dualfocus.export.errors import ExportError
 from dualfocus.export.graph import MICROSOFT, OPSET, STANDARD_OPSET, DataFile, Graph
 from dualfocus.export.quantize import EXACT, Part, decoder_form, product
-from dualfocus.runtime.manifest import CacheType, DecoderSpec, Precision, Target
+from dualfocus.runtime.manifest import ON_DEVICE, STANDARD, CacheType, DecoderSpec, Precision, Target
 
 KINDS = ("llama", "mistral", "qwen2")  # whose layers are the one that is written here
 INPUTS = "inputs_embeds"
@@ -142,13 +143,14 @@ class DecoderGraphs:
         target: Target,
     ) -> None:
         """`rotary` are the (context, head_size / 2) tables of cosines and sines."""
-        assert target == "onnxruntime" or spec.ragged_append
+        assert target not in STANDARD or spec.ragged_append
         self._spec, self._precision, self._data = spec, precision, data
-        self._opset = STANDARD_OPSET if target == "onnx-standard" else OPSET
+        self._opset = STANDARD_OPSET if target in STANDARD else OPSET
+        self._half = target in ON_DEVICE
         self._epsilon = float(config.rms_norm_eps)
         self._kind = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}[spec.dtype]
         # GroupQueryAttention turns in the cache's type, RotaryEmbedding in that of what was projected
-        of_tables = torch.float16 if spec.dtype == "float16" and target == "onnxruntime" else torch.float32
+        of_tables = torch.float16 if spec.dtype == "float16" and target not in STANDARD else torch.float32
         self._rotary = {name: table.to(of_tables) for name, table in zip(("cos", "sin"), rotary, strict=True)}
         self._shared: list[TensorProto] = []  # the tables, once they are stored
 
@@ -162,9 +164,9 @@ class DecoderGraphs:
         `entrance` is a (hidden, hidden) matrix that what comes in goes through. The last layer gives the
         positions ``logits_at`` alone: nothing reads the others any more.
         """
-        spec, graph, name = self._spec, Graph(self._data, self._opset), f"layers.{i}"
+        spec, graph, name = self._spec, self._graph(), f"layers.{i}"
         graph.keep(self._shared)
-        x = graph.input(f"hidden.{i}" if i else INPUTS, TensorProto.FLOAT, ["batch", "length", spec.hidden])
+        x = graph.input(f"hidden.{i}" if i else INPUTS, graph.float, ["batch", "length", spec.hidden])
         if entrance is not None:
             x = product(graph, x, entrance.numpy(), EXACT, "entrance.weight", "entrance.out")
         normed = self._norm(graph, x, layer.norm, f"{name}.norm")
@@ -185,21 +187,49 @@ class DecoderGraphs:
         gated = graph.add("Mul", [gate, graph.add("Sigmoid", [gate], f"{name}.sigmoid")], f"{name}.silu")
         down = self._product(graph, graph.add("Mul", [gated, up], f"{name}.gated"), layer.down, "down", i)
         x = graph.add("Add", [x, down], f"hidden.{i + 1}")
-        graph.output(x, TensorProto.FLOAT, ["batch", self._length(i + 1), spec.hidden])
+        graph.output(x, graph.float, ["batch", self._length(i + 1), spec.hidden])
         part = graph.model()
         self.share(part)
         return part
 
     def head(self, head: Head) -> onnx.ModelProto:
-        """The last layer's states -> ``logits``."""
-        spec, graph = self._spec, Graph(self._data, self._opset)
-        shape = ["batch", self._length(spec.layers)]
-        x = graph.input(f"hidden.{spec.layers}", TensorProto.FLOAT, [*shape, spec.hidden])
+        """The last layer's states -> ``logits``, and on a device what is asked about them."""
+        spec, graph = self._spec, self._graph()
+        shape: list[str | int] = ["batch", self._length(spec.layers)]
+        x = graph.input(f"hidden.{spec.layers}", graph.float, [*shape, spec.hidden])
         normed = self._norm(graph, x, head.norm, "norm")
         form = decoder_form(self._precision, "head", spec.layers, spec.layers)
-        product(graph, normed, head.head.weight.numpy(), form, "head", "logits")
+        out = product(
+            graph, normed, head.head.weight.numpy(), form, "head", "head.out" if self._half else "logits"
+        )
         graph.output("logits", TensorProto.FLOAT, [*shape, spec.vocabulary])
+        if self._half:
+            logits = graph.add("Cast", [out], "logits", to=TensorProto.FLOAT)
+            graph.add("ArgMax", [logits], "best", axis=-1, keepdims=0)
+            graph.add("ReduceLogSumExp", [logits, _ints(graph, -1)], "logsumexp", keepdims=0)
+            graph.output("best", TensorProto.INT64, shape)
+            graph.output("logsumexp", TensorProto.FLOAT, shape)
         return graph.model()
+
+    def embedding(self, table: Path) -> onnx.ModelProto:
+        """``tokens`` and ``images`` -> the first layer's states; `table` is a file beside the data's."""
+        spec, graph = self._spec, self._graph()
+        tokens = graph.input("tokens", TensorProto.INT64, ["batch", "length"])
+        images = graph.input("images", graph.float, ["shown", spec.hidden])
+        weight = graph.mapped("embeddings", table)
+        first = graph.weight("number.first", np.array(spec.vocabulary, np.int64))
+        zero = graph.weight("number.0", np.array(0, np.int64))
+        is_text = graph.add("Less", [tokens, first], "is_text")
+        words = graph.add("Gather", [weight, graph.add("Where", [is_text, tokens, zero], "word")], "words")
+        behind = graph.add("Sub", [tokens, first], "behind")
+        seen = graph.add("Gather", [images, graph.add("Where", [is_text, zero, behind], "patch")], "patches")
+        is_word = graph.add("Unsqueeze", [is_text, _ints(graph, 2)], "is_word")
+        graph.add("Where", [is_word, words, seen], INPUTS)
+        graph.output(INPUTS, graph.float, ["batch", "length", spec.hidden])
+        return graph.model()
+
+    def _graph(self) -> Graph:
+        return Graph(self._data, self._opset, half=self._half)
 
     def _length(self, i: int) -> str:
         """What the positions of ``hidden.{i}`` are called."""
@@ -219,7 +249,9 @@ class DecoderGraphs:
     def _attention(self, graph: Graph, x: str, qkv: str, i: int) -> str:
         """Rotary positions, the cache's update and attention of layer `i`, whose `x` became `qkv`."""
         spec = self._spec
-        cache: list[str | int] = ["batch", spec.kv_heads, "capacity", spec.head_size]
+        # TensorRT wants to know how long a cache is that it is to update in place
+        capacity = spec.context if self._half and graph.is_standard else "capacity"
+        cache: list[str | int] = ["batch", spec.kv_heads, capacity, spec.head_size]
         past, present = (
             [f"{when}.{i}.{part}" for part in ("key", "value")] for when in ("past_key_values", "present")
         )
@@ -308,15 +340,15 @@ class DecoderGraphs:
 
     def _as_cached(self, graph: Graph, x: str) -> str:
         """`x` in the cache's type."""
-        if self._kind == TensorProto.FLOAT:
+        if self._kind == graph.float:
             return x
         return graph.add("Cast", [x], f"{x}.cached", to=self._kind)
 
     def _as_computed(self, graph: Graph, x: str) -> str:
-        """`x`, of the cache's type, in float32."""
-        if self._kind == TensorProto.FLOAT:
+        """`x`, of the cache's type, in the graph's."""
+        if self._kind == graph.float:
             return x
-        return graph.add("Cast", [x], f"{x}.computed", to=TensorProto.FLOAT)
+        return graph.add("Cast", [x], f"{x}.computed", to=graph.float)
 
 
 def _ints(graph: Graph, *numbers: int) -> str:

@@ -39,15 +39,8 @@ class DataFile:
     def store(self, name: str, array: Array, kind: int | None = None) -> TensorProto:
         """Write an array; the tensor returned says where it is. `kind` is a type that NumPy has not."""
         self._file.write(bytes(-self._file.tell() % PAGE))
-        tensor = TensorProto(
-            name=name,
-            dims=array.shape,
-            data_type=helper.np_dtype_to_tensor_dtype(array.dtype) if kind is None else kind,
-            data_location=TensorProto.EXTERNAL,
-        )
-        where = {"location": self.path.name, "offset": self._file.tell(), "length": array.nbytes}
-        for key, value in where.items():
-            tensor.external_data.add(key=key, value=str(value))
+        kind = helper.np_dtype_to_tensor_dtype(array.dtype) if kind is None else kind
+        tensor = _external(name, kind, array.shape, self.path, self._file.tell(), array.nbytes)
         array.tofile(self._file)
         return tensor
 
@@ -61,10 +54,23 @@ class DataFile:
         self._file.close()
 
 
+def _external(
+    name: str, kind: int, shape: Sequence[int], path: Path, offset: int, nbytes: int
+) -> TensorProto:
+    """A tensor of ONNX's type `kind` whose bytes are in the file at `path`."""
+    tensor = TensorProto(name=name, dims=shape, data_type=kind, data_location=TensorProto.EXTERNAL)
+    for key, value in {"location": path.name, "offset": offset, "length": nbytes}.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
 class Graph:
     """A graph in the making; values are known by their names."""
 
-    def __init__(self, data: DataFile, opset: int = OPSET) -> None:
+    def __init__(self, data: DataFile, opset: int = OPSET, *, half: bool = False) -> None:
+        """`half`: it computes in float16, and so all its constants are kept."""
+        self.half = half
+        self.float = TensorProto.FLOAT16 if half else TensorProto.FLOAT
         self._data, self._opset = data, opset
         self._proto = onnx.GraphProto(name="dualfocus")
         self._weights: dict[str, TensorProto] = {}
@@ -91,6 +97,8 @@ class Graph:
     def weight(self, name: str, array: Array) -> str:
         """A constant: of a name already taken, the one that is there."""
         if name not in self._weights:
+            if self.half and array.dtype == np.float32:
+                array = array.astype(np.float16)
             if array.nbytes > INLINE_BYTES:
                 self._weights[name] = self._data.store(name, np.ascontiguousarray(array))
             else:
@@ -101,6 +109,14 @@ class Graph:
         """A constant of `shape` in unsigned 4-bit integers, two in a byte, the first in its lower half."""
         self._weights[name] = self._data.store(name, packed, TensorProto.UINT4)
         self._weights[name].dims[:] = shape
+        return name
+
+    def mapped(self, name: str, path: Path) -> str:
+        """A constant that is the array in the .npy file at `path`, beside the data file."""
+        array = np.load(path, mmap_mode="r")
+        self._weights[name] = _external(
+            name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape, path, array.offset, array.nbytes
+        )
         return name
 
     def keep(self, tensors: Iterable[TensorProto]) -> None:

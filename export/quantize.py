@@ -97,7 +97,7 @@ def product(graph: Graph, x: str, weight: Floats, form: Form, name: str, output:
     if form.bits == 8:
         return _channel_product(graph, x, weight, name, output)
     stored = graph.weight(name, weight.T.astype(np.float32 if form.bits == 32 else np.float16))
-    if form.bits == 16:
+    if form.bits == 16 and not graph.half:
         stored = graph.add("Cast", [stored], f"{name}.float32", to=TensorProto.FLOAT)
     return graph.add("MatMul", [x, stored], output)
 

@@ -31,7 +31,7 @@ from dualfocus.export.rotate import Rotation
 from dualfocus.export.verify import Difference, TorchDecoder, Trial
 from dualfocus.export.vision import PARTS, export_vision, read_tower, store_vision
 from dualfocus.runtime.engines import Floats
-from dualfocus.runtime.manifest import Manifest
+from dualfocus.runtime.manifest import ON_DEVICE, Manifest
 
 Watch = Callable[[str, int, int], object]  # what is being done, how many weights are done, and of how many
 
@@ -73,7 +73,8 @@ class Export:
                 and {checkpoint.weights.dtypes[name] for name in self._sizes} == {"F16"}
             )
         )
-        self._has_half_embeddings = checkpoint.weights.dtypes[EMBEDDINGS] == "F16"
+        self._is_on_device = manifest.target in ON_DEVICE
+        self._has_half_embeddings = self._is_on_device or checkpoint.weights.dtypes[EMBEDDINGS] == "F16"
         self._seed = 0
 
     def needs(self) -> int:
@@ -139,7 +140,9 @@ class Export:
         features = verify.image_features(tower, pixels)
         export_vision(tower, exact / "vision.onnx")
         del tower
-        store_vision(exact / "vision.onnx", folder / "vision.onnx", manifest.precision)
+        store_vision(
+            exact / "vision.onnx", folder / "vision.onnx", manifest.precision, half=self._is_on_device
+        )
         for n in (1, len(pixels)):
             place = folder if self._is_exact else exact
             got = verify.encode(place / "vision.onnx", pixels[:n])
@@ -223,6 +226,8 @@ class Export:
             else:
                 self._say(verify.rounding(logits, right))
         data.close()
+        if self._is_on_device:
+            parts.insert(0, graphs.embedding(self._folder / "embeddings.npy"))
         model = joined(parts)
         onnx.save(model, self._folder / "decoder.onnx")
         onnx.checker.check_model(self._folder / "decoder.onnx")

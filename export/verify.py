@@ -207,7 +207,11 @@ class Session:
     def __init__(self, path: Path, spec: DecoderSpec, rows: int, capacity: int) -> None:
         self.session = _open(path)
         self.names = [node.name for node in self.session.get_inputs()]
+        nodes = {node.name: node for node in self.session.get_inputs()}
         self.states = next(name for name in self.names if name == INPUTS or name.startswith("hidden."))
+        self.dtype = np.float16 if nodes[self.states].type == "tensor(float16)" else np.float32
+        sizes = {node.shape[2] for name, node in nodes.items() if name.startswith("past_key_values.")}
+        (capacity,) = {size for size in sizes if isinstance(size, int)} or {capacity}
         shape = (rows, spec.kv_heads, capacity, spec.head_size)
         self.caches = {
             name.removeprefix("past_key_values."): ort.OrtValue.ortvalue_from_numpy(
@@ -225,7 +229,7 @@ class Session:
         rows, length, _ = states.shape
         totals = np.add(starts, counts or [length] * rows)
         inputs = {
-            self.states: np.ascontiguousarray(states),
+            self.states: np.ascontiguousarray(states, self.dtype),
             "seqlens_k": (totals - 1).astype(np.int32),
             "total_sequence_length": np.array(totals.max(), np.int32),
             "logits_at": np.tile(np.arange(length), (rows, 1)),
@@ -238,10 +242,11 @@ class Session:
         for name, cache in self.caches.items():
             binding.bind_ortvalue_input(f"past_key_values.{name}", cache)
             binding.bind_ortvalue_output(f"present.{name}", cache)
-        (out,) = (node.name for node in self.session.get_outputs() if not node.name.startswith("present."))
-        binding.bind_output(out)
+        names = [node.name for node in self.session.get_outputs()]
+        binding.bind_output(next(name for name in names if name == "logits" or name.startswith("hidden.")))
         self.session.run_with_iobinding(binding)
-        result: Floats = binding.get_outputs()[-1].numpy()  # outputs come in the order they were bound
+        # outputs come in the order they were bound
+        result: Floats = binding.get_outputs()[-1].numpy().astype(np.float32)
         return result
 
 
@@ -303,7 +308,10 @@ def image_features(model: LlavaForConditionalGeneration, pixels: Floats) -> Floa
 
 def encode(path: Path, pixels: Floats) -> Floats:
     """What the graph at `path` makes of (N, 3, S, S)."""
-    features: Floats = _open(path).run(["image_features"], {"pixel_values": pixels})[0]
+    session = _open(path)
+    is_half = session.get_inputs()[0].type == "tensor(float16)"
+    told = {"pixel_values": pixels.astype(np.float16 if is_half else np.float32)}
+    features: Floats = session.run(["image_features"], told)[0].astype(np.float32)
     return features
 
 

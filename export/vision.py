@@ -8,11 +8,13 @@ the file.
 from __future__ import annotations
 
 import copy
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
+from onnx import TensorProto
 from onnx.external_data_helper import load_external_data_for_tensor
 from optimum.exporters.onnx import export
 from optimum.exporters.onnx.base import OnnxConfig
@@ -113,21 +115,23 @@ def export_vision(model: LlavaForConditionalGeneration, path: Path) -> None:
             vision.set_submodule(name, layer)
 
 
-def store_vision(source: Path, target: Path, precision: Precision) -> None:
+def store_vision(source: Path, target: Path, precision: Precision, *, half: bool = False) -> None:
     """Write the float32 graph at `source` with weights of `precision`, which lie beside it, to `target`.
 
-    Pictures encoded in one call share the range of their activations in 8 bits: `runtime.onnx` takes them
-    one by one.
+    With `half` it computes in float16, which is then the precision of all weights. In 8 bits, pictures
+    encoded in one call share the range of their activations: `runtime.onnx` takes them one by one.
     """
     model = onnx.load(source, load_external_data=False)
     data = DataFile(target.with_name(f"{target.name}.data"))
-    graph = Graph(data, OPSET)
+    graph = Graph(data, OPSET, half=half)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     forms = {
         node.output[0]: vision_form(precision, node.name)
         for node in model.graph.node
-        if node.op_type == "MatMul" and node.input[1] in tensors
+        if node.op_type == "MatMul" and node.input[1] in tensors and not half
     }
+    if half:
+        _halve(model.graph)
     for value in model.graph.input:
         graph.declare(value)
     for value in model.graph.output:
@@ -144,6 +148,18 @@ def store_vision(source: Path, target: Path, precision: Precision) -> None:
             graph.copy(node)
     onnx.save(graph.model(), target)
     data.close()
+
+
+def _halve(graph: onnx.GraphProto) -> None:
+    """Turn every type float32 that the graph names into float16, but for its initializers."""
+    for value in (*graph.input, *graph.output):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    for attribute in chain.from_iterable(node.attribute for node in graph.node):
+        if attribute.name == "to" and attribute.i == TensorProto.FLOAT:  # of a Cast
+            attribute.i = TensorProto.FLOAT16
+        elif attribute.t.data_type == TensorProto.FLOAT:  # of a Constant
+            array = onnx.numpy_helper.to_array(attribute.t)
+            attribute.t.CopyFrom(onnx.numpy_helper.from_array(array.astype(np.float16)))
 
 
 def _array(tensor: onnx.TensorProto, path: Path) -> onnx.numpy_helper.np.ndarray:

@@ -9,18 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from dualfocus.runtime import packed
+from dualfocus.runtime import devices, packed
 from dualfocus.runtime.engines import Decoder, VisionEncoder
 from dualfocus.runtime.errors import BundleError
 from dualfocus.runtime.grammar import BoxGrammar
-from dualfocus.runtime.manifest import Manifest
+from dualfocus.runtime.manifest import ON_DEVICE, Manifest
 from dualfocus.runtime.sequence import Table
 
 BUILT_IN = Path(__file__).parent.parent / "models" / "nano"
@@ -40,6 +41,7 @@ class Bundle:
     decoder: Decoder
     tokenizer: Tokenizer
     embeddings: Table  # (vocabulary, hidden), memory-mapped
+    memory: Any = np  # the module whose arrays lie on `device`: NumPy, or CuPy
 
     @cached_property
     def grammar(self) -> BoxGrammar | None:
@@ -47,45 +49,54 @@ class Bundle:
         return BoxGrammar.build(self.manifest, self.tokenizer)
 
     @classmethod
-    def open(cls, path: Path | str = BUILT_IN, *, threads: int | None = None, spin: bool = True) -> Bundle:
-        """Check the bundle at `path` and open its engines on the CPU, packed if they are (`packed`).
+    def open(
+        cls,
+        path: Path | str = BUILT_IN,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        spin: bool = True,
+    ) -> Bundle:
+        """Check the bundle at `path` and open its engines on `device`; on the CPU, packed ones (`packed`).
 
-        `threads` None takes one for each core. With `spin` they wait awake for each other within a call,
-        which is faster unless something else wants their cores. Raises BundleError, and EngineError when
-        no ONNX Runtime is installed.
+        "auto" is the best device that works for the bundle (`devices.choose`). On the CPU, `threads` None
+        takes one for each core; with `spin` they wait awake for each other within a call, which is faster
+        unless something else wants their cores. Raises BundleError; DeviceError where the device does not
+        work or is not for the bundle; and EngineError when no ONNX Runtime is installed.
         """
         path = Path(path)
+        wanted = devices.parse(device)
         manifest, digest = read_manifest(path)
         if sum(entry.size for entry in manifest.files.values()) <= HASHED_BYTES:
             verify(path, manifest)
         tokenizer = _open_tokenizer(path, manifest)
         embeddings = _open_embeddings(path, manifest)
+        chosen = devices.choose(wanted, manifest.target)
 
-        from dualfocus.runtime.onnx import (
-            OnnxDecoder,
-            OnnxVisionEncoder,
-            Threads,
-        )  # not at the top: `inspect` needs no engine
+        from dualfocus.runtime import onnx  # not at the top: `inspect` needs no engine
 
-        use = Threads(threads, spin)
-        graphs = packed.graphs(path, digest)
-
-        return cls(
-            path,
-            manifest,
-            digest,
-            "cpu",
-            OnnxVisionEncoder(
-                graphs / "vision.onnx",
-                manifest.image,
-                manifest.decoder.hidden,
-                use,
-                one_by_one=manifest.precision in ("int8", "int4"),
-            ),
-            OnnxDecoder(graphs / "decoder.onnx", manifest.decoder, use),
-            tokenizer,
-            embeddings,
-        )
+        threading = onnx.Threads(threads, spin)
+        graphs = packed.graphs(path, digest) if chosen.kind == "cpu" else path
+        files = graphs / "vision.onnx", graphs / "decoder.onnx"
+        image, spec = manifest.image, manifest.decoder
+        vision: VisionEncoder
+        decoder: Decoder
+        if manifest.target in ON_DEVICE:
+            # The default stream, CuPy's, and the decoder's wait for each other; the tower's runs beside them.
+            streams = [chosen.stream(blocking=False), chosen.stream(blocking=True)]
+            places = [onnx.Place(chosen, threading, stream) for stream in streams]
+            places[1] = replace(places[1], replay=chosen.kind != "cpu")
+            vision = onnx.DeviceVisionEncoder(files[0], image, spec.hidden, places[0])
+            decoder = onnx.DeviceDecoder(files[1], spec, places[1])
+            return cls(
+                path, manifest, digest, str(chosen), vision, decoder, tokenizer,
+                range(spec.vocabulary), chosen.memory,
+            )  # fmt: skip
+        place = onnx.Place(chosen, threading)
+        one_by_one = manifest.precision in ("int8", "int4")
+        vision = onnx.OnnxVisionEncoder(files[0], image, spec.hidden, place, one_by_one=one_by_one)
+        decoder = onnx.OnnxDecoder(files[1], spec, place)
+        return cls(path, manifest, digest, str(chosen), vision, decoder, tokenizer, embeddings)
 
 
 def read_manifest(path: Path) -> tuple[Manifest, str]:

@@ -10,6 +10,7 @@ import contextlib
 import math
 import mmap
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,13 +35,17 @@ class Snapshot:
 class KVCache:
     """Keys and values of every layer, and how many positions of each row are valid."""
 
-    def __init__(self, spec: DecoderSpec, rows: int, capacity: int) -> None:
-        """Memory is reserved for every row's `capacity`, and touched only as tokens arrive."""
+    def __init__(self, spec: DecoderSpec, rows: int, capacity: int, device: Any = np) -> None:
+        """Memory is reserved for every row's `capacity`; the host's is touched only as tokens arrive.
+
+        `device` is the module whose arrays lie where the decoder runs: NumPy, or CuPy.
+        """
         shape = (rows, spec.kv_heads, capacity, spec.head_size)
+        reserve = _reserve if device is np else device.zeros
         self.capacity = capacity
         self.lengths = [0] * rows
-        self.keys: list[Entries] = [_reserve(shape, spec.dtype) for _ in range(spec.layers)]
-        self.values: list[Entries] = [_reserve(shape, spec.dtype) for _ in range(spec.layers)]
+        self.keys: list[Entries] = [reserve(shape, spec.dtype) for _ in range(spec.layers)]
+        self.values: list[Entries] = [reserve(shape, spec.dtype) for _ in range(spec.layers)]
 
     @property
     def nbytes(self) -> int:

@@ -19,3 +19,7 @@ class QuestionError(InputError):
 
 class EngineError(InputError):
     """No inference library is installed."""
+
+
+class DeviceError(InputError):
+    """A device that is not there, lacks a library, or does not run the bundle."""

@@ -31,7 +31,12 @@ CoordinateSpace = Literal["original", "padded", "model"]
 SelectRule = Literal["reference", "answer"]
 CacheType = Literal["float32", "float16"]
 Precision = Literal["fp32", "fp16", "int8", "int4"]
-Target = Literal["onnxruntime", "onnx-standard"]
+Target = Literal["onnxruntime", "onnx-standard", "cuda", "tensorrt"]
+ON_DEVICE: tuple[Target, ...] = (
+    "cuda",
+    "tensorrt",
+)  # graphs of token ids, computing in float16
+STANDARD: tuple[Target, ...] = ("onnx-standard", "tensorrt")  # a decoder of standard operators alone
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,11 @@ class DecoderSpec:
 
     Outputs: ``logits`` (B, K, vocabulary) f32; ``present.{i}.key`` and ``.value``, which may be bound
     to the very buffers of the past: the cache is updated in place and its capacity never changes.
+
+    For a GPU (`ON_DEVICE`), nothing but token ids goes in or out. In place of ``inputs_embeds`` there are
+    ``tokens`` (B, S) i64 and ``images`` (I, hidden) f16: a token of `vocabulary` + i is row i of the images.
+    Beside the logits there are ``best`` (B, K) i64, the likeliest tokens, and ``logsumexp`` (B, K) f32, of
+    each position's logits.
     """
 
     layers: int
@@ -167,7 +177,7 @@ class Manifest:
     created_by: str  # "dualfocus 0.1.0"
     source: dict[str, str]  # where the weights came from: checkpoint, architecture, revision …
     precision: Precision  # of the weights; what goes in and out of the graphs is float32
-    target: Target  # the decoder's operators: ONNX Runtime's own, or those of the standard alone
+    target: Target  # what the graphs are made for, which says their operators and the decoder's inputs
     image: ImageSpec
     decoder: DecoderSpec
     tokens: TokenSpec

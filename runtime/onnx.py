@@ -1,13 +1,18 @@
 """The engines on ONNX Runtime; nothing else imports onnxruntime.
 
 The decoder's graph is bound with the same memory as past and as present, so a call writes the new
-tokens' keys and values straight into the cache and copies nothing.
+tokens' keys and values straight into the cache and copies nothing. A GPU is another place for the same
+arrays (`devices`): what a graph is told is written on the host and copied, and of what it says the likeliest
+tokens and the logarithms of their probabilities' sums come back.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,8 +22,9 @@ import numpy.typing as npt
 
 from dualfocus import kernels
 from dualfocus.runtime.cache import KVCache
-from dualfocus.runtime.engines import Floats
-from dualfocus.runtime.errors import BundleError, EngineError
+from dualfocus.runtime.devices import CPU, Device
+from dualfocus.runtime.engines import Array, DeviceLogits, Floats, to_host
+from dualfocus.runtime.errors import BundleError, DeviceError, EngineError
 from dualfocus.runtime.manifest import DecoderSpec, ImageSpec
 
 try:
@@ -30,6 +36,8 @@ except ImportError:
 
 
 VERSION: str = ort.__version__
+# A recorded step outlives its cache, so that only one that stays is worth it: as many steps, no reply has.
+RECORDED_AFTER = 256
 IDLE_TOKENS = 8  # a call may compute so many idle positions; for more, another call costs less
 
 Shapes = dict[str, list[int | None]]  # by name; None: any size
@@ -53,7 +61,7 @@ def save_packed(source: Path, target: Path) -> None:
         "session.save_external_prepacked_constant_initializers": "1",
     }.items():
         options.add_session_config_entry(entry, value)
-    _session(source, options)
+    _session(source, options, Place())
 
 
 def _options(threads: Threads) -> ort.SessionOptions:
@@ -71,17 +79,85 @@ def _options(threads: Threads) -> ort.SessionOptions:
     return options
 
 
-def _session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+def problem(device: Device) -> str | None:
+    """What ONNX Runtime lacks to run graphs on `device`, whose GPU is there; None if nothing."""
+    if device.kind == "tensorrt-rtx":
+        return _rtx_problem()
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        return f"ONNX Runtime {VERSION} as installed has no CUDA: pip install 'dualfocus[gpu]' without [cpu]"
+    return _library_problem(Path(ort.__file__).parent / "capi", "libonnxruntime_providers_cuda.so")
+
+
+def _library_problem(folder: Path, name: str) -> str | None:
+    """Why the provider's library `name` cannot be loaded: ONNX Runtime itself would go on without it."""
+    ort.preload_dlls()  # CUDA's and cuDNN's, where pip installed them
     try:
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(folder / name))
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _rtx_problem() -> str | None:
+    try:
+        _rtx_devices()
+    except DeviceError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _rtx_devices() -> list[Any]:
+    """The GPUs that the TensorRT-RTX plug-in takes, in the driver's order."""
+    try:
+        import onnxruntime_ep_nv_tensorrt_rtx as rtx
+    except ImportError as error:
+        raise DeviceError(f"{error}: pip install 'dualfocus[tensorrt-rtx]'") from None
+    name = rtx.get_ep_name()
+    try:
+        ort.register_execution_provider_library(name, rtx.get_library_path())
+    except Exception as error:  # ONNX Runtime's exceptions have no common base but this
+        raise DeviceError(str(error).splitlines()[0]) from None
+    found = [device for device in ort.get_ep_devices() if device.ep_name == name]
+    if not found:
+        raise DeviceError(f"{name} takes none of the GPUs here")
+    return found
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where sessions run: a device, and how."""
+
+    device: Device = CPU
+    threads: Threads = Threads()
+    stream: Any = None  # CuPy's, which everything is queued on
+    replay: bool = False  # calls of one shape, one after the other, are recorded and replayed (CUDA graphs)
+
+
+def _session(path: Path, options: ort.SessionOptions, place: Place) -> ort.InferenceSession:
+    device = place.device
+    chosen: dict[str, str] = {}
+    if device.kind != "cpu":
+        chosen = {"device_id": str(device.index), "user_compute_stream": str(place.stream.ptr)}
+        chosen["enable_cuda_graph"] = str(int(place.replay))
+    try:
+        if device.kind == "tensorrt-rtx":
+            options.add_provider_for_devices([_rtx_devices()[device.index]], chosen)
+            return ort.InferenceSession(path, options)
+        providers = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+        session = ort.InferenceSession(path, options, providers=[(providers[device.kind], chosen)])
     except Exception as error:  # ONNX Runtime's exceptions have no common base but this
         reason = str(error).splitlines()[0]
         raise BundleError(f"{path} cannot be opened by ONNX Runtime {VERSION}: {reason}") from None
+    if (first := session.get_providers()[0]) != providers[device.kind]:
+        raise DeviceError(f"{device} does not work here: ONNX Runtime {VERSION} fell back to {first}")
+    return session
 
 
-def _open(path: Path, threads: Threads, inputs: Shapes, outputs: Shapes) -> ort.InferenceSession:
+def _open(path: Path, place: Place, inputs: Shapes, outputs: Shapes) -> ort.InferenceSession:
     """A session on the graph at `path`, which has these `inputs` and no others, and these `outputs`."""
-    session = _session(path, _options(threads))
+    session = _session(path, _options(place.threads), place)
     for kind, nodes, expected in (
         ("input", session.get_inputs(), inputs),
         ("output", session.get_outputs(), outputs),
@@ -108,10 +184,10 @@ class OnnxVisionEncoder:
     """
 
     def __init__(
-        self, path: Path, spec: ImageSpec, hidden: int, threads: Threads, *, one_by_one: bool = False
+        self, path: Path, spec: ImageSpec, hidden: int, place: Place, *, one_by_one: bool = False
     ) -> None:
         inputs: Shapes = {"pixel_values": [None, 3, spec.size, spec.size]}
-        self._session = _open(path, threads, inputs, {"image_features": [None, spec.tokens, hidden]})
+        self._session = _open(path, place, inputs, {"image_features": [None, spec.tokens, hidden]})
         self._one_by_one = one_by_one
 
     def encode(self, pixels: Floats) -> Floats:
@@ -121,21 +197,49 @@ class OnnxVisionEncoder:
         return features
 
 
-@dataclass(frozen=True)
+class DeviceVisionEncoder:
+    """`engines.VisionEncoder` on ONNX Runtime, in float16, on a device where the image tokens stay."""
+
+    def __init__(self, path: Path, spec: ImageSpec, hidden: int, place: Place) -> None:
+        inputs: Shapes = {"pixel_values": [None, 3, spec.size, spec.size]}
+        self._session = _open(path, place, inputs, {"image_features": [None, spec.tokens, hidden]})
+        self._place = place
+        self._shape = spec.tokens, hidden
+
+    def encode(self, pixels: Floats) -> Array:
+        memory, stream = self._place.device.memory, self._place.stream
+        binding = self._session.io_binding()
+        with stream or contextlib.nullcontext():
+            seen = memory.asarray(pixels.astype(np.float16))
+            features = memory.empty((len(pixels), *self._shape), np.float16)
+            _bind(binding.bind_input, "pixel_values", seen, self._place.device)
+            _bind(binding.bind_output, "image_features", features, self._place.device)
+            self._session.run_with_iobinding(binding)  # waits for the device
+        return features
+
+
+@dataclass(eq=False)
 class _Call:
-    """A call of the decoder's graph: its `inputs` by name are bound, and the cache."""
+    """A call of the decoder's graph: its `inputs` by name, on the host, and the cache are bound.
+
+    On a device, the graph reads copies of them; a step's copies and outputs stay in place.
+    """
 
     binding: Any
     inputs: dict[str, npt.NDArray[Any]]
+    copies: dict[str, Array] = field(default_factory=dict)
+    outputs: dict[str, Array] = field(default_factory=dict)
+    times: int = 0  # how often it was made
+    recording: int = 0  # the number of what is replayed in its place; 0: nothing yet
 
 
 class OnnxDecoder:
     """`engines.Decoder` on ONNX Runtime."""
 
-    def __init__(self, path: Path, spec: DecoderSpec, threads: Threads) -> None:
-        past: list[int | None] = [None, spec.kv_heads, None, spec.head_size]
+    def __init__(self, path: Path, spec: DecoderSpec, place: Place) -> None:
+        past: list[int | None] = [None, spec.kv_heads, spec.context, spec.head_size]  # or of any capacity
         inputs: Shapes = {
-            "inputs_embeds": [None, None, spec.hidden],
+            **self._tokens_in(spec),
             "seqlens_k": [None],
             "total_sequence_length": [],
             "logits_at": [None, None],
@@ -145,17 +249,17 @@ class OnnxDecoder:
         for layer in range(spec.layers):
             inputs[f"past_key_values.{layer}.key"] = past
             inputs[f"past_key_values.{layer}.value"] = past
-        self._spec = spec
-        self._session = _open(path, threads, inputs, {"logits": [None, None, spec.vocabulary]})
+        self._spec, self._place = spec, place
+        self._session = _open(path, place, inputs, {"logits": [None, None, spec.vocabulary]})
         self._calls: WeakKeyDictionary[KVCache, dict[tuple[int, int, bool], _Call]] = WeakKeyDictionary()
 
     def extend(
         self,
         cache: KVCache,
         rows: Sequence[int],
-        embeddings: Sequence[Floats],
+        embeddings: Sequence[Any],
         logits_at: Sequence[Sequence[int]],
-    ) -> list[Floats]:
+    ) -> list[Any]:
         assert len(set(rows)) == len(rows), f"a row twice in one call: {rows}"
         longest = max(map(len, embeddings))
         calls: list[list[int]] = []  # of indices into `rows`
@@ -164,7 +268,7 @@ class OnnxDecoder:
                 calls[-1].append(i)
             else:
                 calls.append([i])
-        results: dict[int, Floats] = {}
+        results: dict[int, Any] = {}
         for call in calls:
             new, wanted = [embeddings[i] for i in call], [logits_at[i] for i in call]
             results |= zip(call, self._run(cache, [rows[i] for i in call], new, wanted), strict=True)
@@ -179,46 +283,36 @@ class OnnxDecoder:
         return idle * longest <= IDLE_TOKENS and max(cache.lengths[last : row + 1]) <= room
 
     def _run(
-        self,
-        cache: KVCache,
-        rows: Sequence[int],
-        embeddings: Sequence[Floats],
-        logits_at: Sequence[Sequence[int]],
-    ) -> list[Floats]:
+        self, cache: KVCache, rows: Sequence[int], new: Sequence[Any], logits_at: Sequence[Sequence[int]]
+    ) -> list[Any]:
         """One call of the graph, over all rows from the first to the last.
 
         Those not asked for are idle: given no tokens, they pass as empty, and nothing is written to them.
         """
         first, stop = min(rows), max(rows) + 1
-        batch, longest, wanted = stop - first, max(map(len, embeddings)), max(map(len, logits_at))
+        batch, longest, wanted = stop - first, max(map(len, new)), max(map(len, logits_at))
         call = self._call(cache, first, stop, longest, wanted)
-        if len(rows) < batch:  # in 8 bits, all rows share the range of their activations: nothing stale in it
-            call.inputs["inputs_embeds"][:] = 0
+        at = [row - first for row in rows]
+        self._write_tokens(call, at, new)
         # lists, not arrays: while the graph ran, its weights drove NumPy's code out of the processor's caches
-        new, lengths = [0] * batch, [0] * batch
-        for row, chunk, positions in zip(rows, embeddings, logits_at, strict=True):
+        counts, lengths = [0] * batch, [0] * batch
+        for i, row, chunk, positions in zip(at, rows, new, logits_at, strict=True):
             assert len(chunk), "nothing to append"
-            call.inputs["inputs_embeds"][row - first, : len(chunk)] = chunk
             if longest > 1:  # a step's are all 0, as they were made
-                call.inputs["logits_at"][row - first, : len(positions)] = positions
-            new[row - first] = len(chunk)
-            lengths[row - first] = cache.lengths[row] + len(chunk)
+                call.inputs["logits_at"][i, : len(positions)] = positions
+            counts[i] = len(chunk)
+            lengths[i] = cache.lengths[row] + len(chunk)
         longest_row = max(lengths)
         assert longest_row <= cache.capacity, f"{longest_row} tokens in a row of {cache.capacity}"
         call.inputs["seqlens_k"][:] = [max(length - 1, 0) for length in lengths]
         call.inputs["total_sequence_length"][...] = longest_row
         if self._spec.ragged_append:
-            call.inputs["query_seqlens"][:] = new
-        logits = np.empty((batch, wanted, self._spec.vocabulary), np.float32)
-        _bind(call.binding.bind_output, "logits", logits)
+            call.inputs["query_seqlens"][:] = counts
 
-        self._session.run_with_iobinding(call.binding)
-        for row, chunk in zip(rows, embeddings, strict=True):
+        results = self._compute(call, cache, at, [len(positions) for positions in logits_at])
+        for row, chunk in zip(rows, new, strict=True):
             cache.lengths[row] += len(chunk)
-        if batch == 1:
-            return [logits[0]]
-        # copies, so that a row's logits do not keep those of the whole call
-        return [logits[row - first, : len(of)].copy() for row, of in zip(rows, logits_at, strict=True)]
+        return results
 
     def _call(self, cache: KVCache, first: int, stop: int, longest: int, wanted: int) -> _Call:
         """Memory for a call's inputs, bound beside rows of `cache`.
@@ -227,33 +321,146 @@ class OnnxDecoder:
         the inputs of a step, one token a row, which come again and again.
         """
         is_step = longest == wanted == 1
+        device = self._place.device
         kept = self._calls.setdefault(cache, {})
         if (call := kept.get((first, stop, is_step))) is None:
             binding = self._session.io_binding()
             for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
                 for kind, of_layer in (("key", keys), ("value", values)):
-                    _bind(binding.bind_input, f"past_key_values.{layer}.{kind}", of_layer[first:stop])
-                    _bind(binding.bind_output, f"present.{layer}.{kind}", of_layer[first:stop])
+                    _bind(binding.bind_input, f"past_key_values.{layer}.{kind}", of_layer[first:stop], device)
+                    _bind(binding.bind_output, f"present.{layer}.{kind}", of_layer[first:stop], device)
         elif is_step:
             return call
         else:
             binding = call.binding
         batch = stop - first
         inputs: dict[str, npt.NDArray[Any]] = {
-            "inputs_embeds": np.zeros((batch, longest, self._spec.hidden), np.float32),
+            **self._new_tokens(batch, longest),
             "seqlens_k": np.zeros(batch, np.int32),
             "total_sequence_length": np.zeros((), np.int32),
             "logits_at": np.zeros((batch, wanted), np.int64),
         }
         if self._spec.ragged_append:
             inputs["query_seqlens"] = np.zeros(batch, np.int32)
-        for name, array in inputs.items():
-            _bind(binding.bind_input, name, array)
+        call = _Call(binding, inputs)
+        self._bind_inputs(call)
         # of other calls the binding alone is kept: their memory is not to outlive them
-        kept[first, stop, is_step] = _Call(binding, inputs if is_step else {})
-        return _Call(binding, inputs)
+        kept[first, stop, is_step] = call if is_step else _Call(binding, {})
+        return call
+
+    # The rest is done in another way on a device.
+
+    def _tokens_in(self, spec: DecoderSpec) -> Shapes:
+        return {"inputs_embeds": [None, None, spec.hidden]}
+
+    def _new_tokens(self, batch: int, longest: int) -> dict[str, npt.NDArray[Any]]:
+        return {"inputs_embeds": np.zeros((batch, longest, self._spec.hidden), np.float32)}
+
+    def _bind_inputs(self, call: _Call) -> None:
+        for name, array in call.inputs.items():
+            _bind(call.binding.bind_input, name, array, CPU)
+
+    def _write_tokens(self, call: _Call, rows: Sequence[int], new: Sequence[Any]) -> None:
+        told = call.inputs["inputs_embeds"]
+        if len(rows) < len(told):  # in 8 bits, all rows share the range of their activations: nothing stale
+            told[:] = 0
+        for row, chunk in zip(rows, new, strict=True):
+            told[row, : len(chunk)] = chunk
+
+    def _compute(self, call: _Call, cache: KVCache, rows: Sequence[int], wanted: Sequence[int]) -> list[Any]:
+        """Run the graph, and give out each row's logits, as many as are wanted."""
+        logits = np.empty((*call.inputs["logits_at"].shape, self._spec.vocabulary), np.float32)
+        _bind(call.binding.bind_output, "logits", logits, CPU)
+        self._session.run_with_iobinding(call.binding)
+        if len(logits) == 1:
+            return [logits[0]]
+        # copies, so that a row's logits do not keep those of the whole call
+        return [logits[row, :count].copy() for row, count in zip(rows, wanted, strict=True)]
 
 
-def _bind(bind: Any, name: str, array: npt.NDArray[Any]) -> None:
-    """Bind host memory by its address: `array` has to live until the run is over."""
-    bind(name, "cpu", 0, array.dtype, array.shape, array.__array_interface__["data"][0])
+class DeviceDecoder(OnnxDecoder):
+    """`engines.Decoder` on ONNX Runtime, over a graph that looks up embeddings and chooses on its device."""
+
+    def __init__(self, path: Path, spec: DecoderSpec, place: Place) -> None:
+        super().__init__(path, spec, place)
+        self._memory = place.device.memory
+        self._no_images = self._memory.zeros((1, spec.hidden), np.float16)
+        self._recordings = 0
+
+    def _tokens_in(self, spec: DecoderSpec) -> Shapes:
+        return {"tokens": [None, None], "images": [None, spec.hidden]}
+
+    def _new_tokens(self, batch: int, longest: int) -> dict[str, npt.NDArray[Any]]:
+        return {"tokens": np.zeros((batch, longest), np.int64)}
+
+    def _bind_inputs(self, call: _Call) -> None:
+        for name, array in call.inputs.items():
+            if name == "total_sequence_length":  # is read on the host
+                _bind(call.binding.bind_input, name, array, CPU)
+            else:
+                call.copies[name] = self._memory.empty(array.shape, array.dtype)
+                _bind(call.binding.bind_input, name, call.copies[name], self._place.device)
+        batch, wanted = call.inputs["logits_at"].shape
+        call.outputs |= {
+            "logits": self._memory.empty((batch, wanted, self._spec.vocabulary), np.float32),
+            "best": self._memory.empty((batch, wanted), np.int64),
+            "logsumexp": self._memory.empty((batch, wanted), np.float32),
+        }
+        for name, array in call.outputs.items():
+            _bind(call.binding.bind_output, name, array, self._place.device)
+
+    def _write_tokens(self, call: _Call, rows: Sequence[int], new: Sequence[Any]) -> None:
+        images: list[Array] = []
+        shown = 0
+        for row, chunk in zip(rows, new, strict=True):
+            ids = np.where(chunk.ids < self._spec.vocabulary, chunk.ids, chunk.ids + shown)
+            call.inputs["tokens"][row, : len(chunk)] = ids
+            images += chunk.images
+            shown += sum(map(len, chunk.images))
+        if len(images) > 1:
+            images = [self._memory.concatenate(images)]
+        call.copies["images"] = images[0] if images else self._no_images
+        _bind(call.binding.bind_input, "images", call.copies["images"], self._place.device)
+
+    def _compute(self, call: _Call, cache: KVCache, rows: Sequence[int], wanted: Sequence[int]) -> list[Any]:
+        is_step = call.inputs["tokens"].shape[1] == 1
+        if is_step:  # a recorded step reads how much of the cache is valid on the device, and no other bound
+            call.inputs["total_sequence_length"][...] = cache.capacity
+        for name, array in call.inputs.items():
+            if name in call.copies:
+                _copy_to(call.copies[name], array)
+        self._session.run_with_iobinding(call.binding, self._how(call, is_step))
+        best, logsumexp = to_host(call.outputs["best"]), to_host(call.outputs["logsumexp"])
+        logits = call.outputs["logits"].copy() if is_step else call.outputs["logits"]
+        return [
+            [DeviceLogits(logits[row, i], int(best[row, i]), float(logsumexp[row, i])) for i in range(count)]
+            for row, count in zip(rows, wanted, strict=True)
+        ]
+
+    def _how(self, call: _Call, is_step: bool) -> ort.RunOptions | None:
+        """Whether a call is recorded and replayed as a CUDA graph: a step that comes again and again."""
+        if not self._place.replay:
+            return None
+        call.times += 1
+        if is_step and not call.recording and call.times > RECORDED_AFTER:
+            self._recordings += 1
+            call.recording = self._recordings
+        options = ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(call.recording or -1))
+        return options
+
+
+def _copy_to(target: Array, array: npt.NDArray[Any]) -> None:
+    """Copy what is on the host to where the graph reads it."""
+    if hasattr(target, "set"):
+        target.set(array)
+    else:
+        target[...] = array
+
+
+def _bind(bind: Any, name: str, array: Array, device: Device) -> None:
+    """Bind memory by its address: `array` has to live until the run is over."""
+    if device.kind == "cpu":
+        bind(name, "cpu", 0, array.dtype, array.shape, array.__array_interface__["data"][0])
+    else:
+        bind(name, "cuda", device.index, array.dtype, array.shape, array.data.ptr)

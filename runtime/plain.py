@@ -15,7 +15,7 @@ import numpy as np
 
 from dualfocus.runtime.bundle import Bundle
 from dualfocus.runtime.cache import KVCache
-from dualfocus.runtime.engines import Floats
+from dualfocus.runtime.engines import Logits
 from dualfocus.runtime.errors import QuestionError
 from dualfocus.runtime.geometry import Crop, Region, find_region
 from dualfocus.runtime.grammar import BoxCursor
@@ -23,7 +23,7 @@ from dualfocus.runtime.image import Picture, view, whole
 from dualfocus.runtime.manifest import SelectRule
 from dualfocus.runtime.result import Answer, Counters, FocusResult, Generation, Mode, StageClock
 from dualfocus.runtime.selection import loss
-from dualfocus.runtime.sequence import embed, log_softmax
+from dualfocus.runtime.sequence import embed, likeliest, log_softmax
 from dualfocus.runtime.turns import Prompt, Turns, micro_answer
 
 
@@ -114,10 +114,8 @@ class _Model:
         tokens: list[int] = []
         logprobs: list[float] = []
         while True:
-            if cursor is None:
-                token = int(np.argmax(logits))
-            else:
-                token = max(cursor.allowed, key=lambda allowed: (logits[allowed], -allowed))
+            token = likeliest(logits, None if cursor is None else cursor.allowed)
+            if cursor is not None:
                 cursor.advance(token)
             tokens.append(token)
             logprobs.append(log_softmax(logits, token))
@@ -143,7 +141,7 @@ class _Model:
 
     def _prefill(
         self, prompt: Prompt, crops: Mapping[str, Crop], logits_at: Sequence[int]
-    ) -> tuple[KVCache, Floats]:
+    ) -> tuple[KVCache, Sequence[Logits]]:
         """A cache that holds `prompt`, and the (K, vocabulary) logits after K of its positions."""
         bundle, spec = self._bundle, self._bundle.manifest.decoder
         # in the order shown, not a set's: another place in the batch may round otherwise
@@ -152,7 +150,7 @@ class _Model:
         features = dict(zip(seen, bundle.vision.encode(np.concatenate(pixels)), strict=True))
         self._counters.vision_encodes += len(seen)
         self._counters.tokens_prefilled += len(prompt.tokens)
-        cache = KVCache(spec, rows=1, capacity=spec.context)
+        cache = KVCache(spec, 1, spec.context, bundle.memory)
         embeddings = embed(prompt.tokens, bundle.embeddings, features)
         (logits,) = bundle.decoder.extend(cache, [0], [embeddings], [logits_at])
         return cache, logits

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dualfocus.runtime.engines import Floats
+from dualfocus.runtime.engines import Array
 from dualfocus.runtime.image import Picture
 from dualfocus.runtime.sequence import Prefix
 
@@ -17,13 +17,13 @@ from dualfocus.runtime.sequence import Prefix
 class EncodedImage:
     """An image's (T, D) tokens, and of a whole picture the part of a row that every question begins with."""
 
-    features: Floats
+    features: Array
     prefix: Prefix | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self.features.nbytes + (self.prefix.nbytes if self.prefix else 0)
+        return int(self.features.nbytes) + (self.prefix.nbytes if self.prefix else 0)
 
 
 class ImagePool:

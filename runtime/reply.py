@@ -10,13 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from dualfocus.runtime.bundle import Bundle
-from dualfocus.runtime.engines import Floats
+from dualfocus.runtime.engines import Logits
 from dualfocus.runtime.grammar import BoxCursor
 from dualfocus.runtime.result import Counters, Generation, ReplyName, ReplyToken
-from dualfocus.runtime.sequence import UNKNOWN, CachedSequence, Extension, log_softmax
+from dualfocus.runtime.sequence import UNKNOWN, CachedSequence, Extension, likeliest, log_softmax
 from dualfocus.runtime.turns import Prompt
 
 
@@ -111,11 +109,8 @@ class Reply:
             return []
         return self._cursor.ahead()[: self._most - len(self._tokens)]
 
-    def _greedy(self, logits: Floats) -> int:
-        if self._cursor is None:
-            return int(np.argmax(logits))
-        # the first of equals, as argmax has it
-        return max(self._cursor.allowed, key=lambda token: (logits[token], -token))
+    def _greedy(self, logits: Logits) -> int:
+        return likeliest(logits, None if self._cursor is None else self._cursor.allowed)
 
     def _verify(self, at: int, token: int) -> None:
         """Cut the row where what it holds ahead of the choice is not what was chosen."""

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from dualfocus.runtime.bundle import Bundle
 from dualfocus.runtime.cache import KVCache
-from dualfocus.runtime.engines import Floats
+from dualfocus.runtime.engines import Array
 from dualfocus.runtime.errors import QuestionError
 from dualfocus.runtime.geometry import Crop, Region, find_region
 from dualfocus.runtime.image import Picture, view, whole
@@ -105,7 +106,7 @@ class _View:
 
     asked: _Asked
     name: str
-    pixels: Floats
+    pixels: npt.NDArray[np.float32]
 
 
 class FocusRunner:
@@ -144,10 +145,10 @@ class FocusRunner:
         self._savings = savings
         self._batch = batch
         self._grammar = None if free_box else bundle.grammar
-        self._cache = KVCache(spec, rows=2 * batch, capacity=spec.context)
+        self._cache = KVCache(spec, 2 * batch, spec.context, bundle.memory)
         self._reset_rows()
         self._pool = ImagePool(cache_mb * 1_000_000 if savings.pool else 0)
-        self._features: dict[str, Floats] = {}  # by name, (T, D) each: the images of what is being asked
+        self._features: dict[str, Array] = {}  # by name, (T, D) each: the images of what is being asked
         self._waves = 0  # how often something was asked
 
     def ask(

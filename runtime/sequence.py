@@ -12,15 +12,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dualfocus.runtime.cache import KVCache, Snapshot
-from dualfocus.runtime.engines import Decoder, Floats
+from dualfocus.runtime.engines import Array, Decoder, DeviceLogits, Floats, Logits, TokenIds
 from dualfocus.runtime.turns import Token
 
-Table = npt.NDArray[np.float32 | np.float16]  # (vocabulary, D): row i embeds token i
+# (vocabulary, D), row i embeds token i; or the ids alone, for a decoder that looks them up itself
+Table = npt.NDArray[np.float32 | np.float16] | range
 UNKNOWN = float("nan")  # the log-probability of a token that no pass had to look at
 
 
@@ -45,10 +47,10 @@ class CachedSequence:
         self.row = row
         self.tokens: list[Token] = []
         self._logprobs: list[float] = []  # of each token given those before it
-        self._logits: dict[int, Floats] = {}  # position: (vocabulary,) for what follows it, where asked for
+        self._logits: dict[int, Logits] = {}  # position: (vocabulary,) for what follows it, where asked for
         self._cut_off: list[tuple[int, list[Token], list[float]]] = []  # where a branch began, and the branch
 
-    def logits(self, position: int) -> Floats | None:
+    def logits(self, position: int) -> Logits | None:
         """(vocabulary,) logits of what follows `position`, or None where nobody asked for them."""
         return self._logits.get(position)
 
@@ -111,7 +113,7 @@ class CachedSequence:
         self.tokens += prefix.tokens
         self._logprobs += [UNKNOWN] * len(prefix.tokens)
 
-    def computed(self, tokens: Sequence[Token], logits: Mapping[int, Floats]) -> None:
+    def computed(self, tokens: Sequence[Token], logits: Mapping[int, Logits]) -> None:
         """`tokens` were appended to the cache, and gave `logits` (vocabulary,) after some positions."""
         self._logits |= logits
         for token in tokens:
@@ -145,7 +147,7 @@ def extend(
     decoder: Decoder,
     cache: KVCache,
     table: Table,
-    features: Mapping[str, Floats],
+    features: Mapping[str, Array],
     extensions: Sequence[Extension],
 ) -> None:
     """One call of the decoder for all `extensions`, each of another row of `cache`.
@@ -175,8 +177,13 @@ def common_prefix(left: Sequence[Token], right: Sequence[Token]) -> int:
     return shorter
 
 
-def embed(tokens: Sequence[Token], table: Table, features: Mapping[str, Floats]) -> Floats:
-    """(L, D) embeddings of `tokens`: rows of `table` (vocabulary, D) and of the images' `features` (T, D)."""
+def embed(tokens: Sequence[Token], table: Table, features: Mapping[str, Array]) -> Any:
+    """(L, D) embeddings of `tokens`: rows of `table` (vocabulary, D) and of the images' `features` (T, D).
+
+    Where the table is a range, `TokenIds`.
+    """
+    if isinstance(table, range):
+        return _token_ids(tokens, len(table), features)
     rows = table[[token if isinstance(token, int) else 0 for token in tokens]]
     out: Floats = np.asarray(rows, np.float32)
     shown = [(i, token) for i, token in enumerate(tokens) if not isinstance(token, int)]
@@ -187,8 +194,27 @@ def embed(tokens: Sequence[Token], table: Table, features: Mapping[str, Floats])
     return out
 
 
-def log_softmax(logits: Floats, token: int) -> float:
-    """The log-probability of one `token`, from (vocabulary,) logits; summed in float64."""
+def _token_ids(tokens: Sequence[Token], vocabulary: int, features: Mapping[str, Array]) -> TokenIds:
+    starts: dict[str, int] = {}  # where an image's tokens begin, in the order shown
+    end = vocabulary
+    for name in dict.fromkeys(token.image for token in tokens if not isinstance(token, int)):
+        starts[name], end = end, end + len(features[name])
+    ids = [token if isinstance(token, int) else starts[token.image] + token.position for token in tokens]
+    return TokenIds(np.array(ids, np.int64), tuple(features[name] for name in starts))
+
+
+def likeliest(logits: Logits, allowed: Sequence[int] | None) -> int:
+    """The likeliest token, or that of those `allowed`; of equals the first."""
+    if allowed is None:
+        return int(logits.argmax())
+    found = zip(logits[list(allowed)], allowed, strict=True)
+    return max(found, key=lambda pair: (pair[0], -pair[1]))[1]
+
+
+def log_softmax(logits: Logits, token: int) -> float:
+    """The log-probability of one `token`, from (vocabulary,) logits; summed in float64 on the host."""
+    if isinstance(logits, DeviceLogits):
+        return float(logits[[token]][0]) - logits.logsumexp
     most = logits.max()
     total = np.exp(logits - most).sum(dtype=np.float64)
     return float(logits[token]) - float(most) - math.log(total)

@@ -25,7 +25,7 @@ from dualfocus.runtime.bundle import BUILT_IN
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.image import view, whole
 from dualfocus.runtime.manifest import Precision
-from dualfocus.runtime.onnx import OnnxDecoder, Threads
+from dualfocus.runtime.onnx import OnnxDecoder, Place, Threads
 from dualfocus.runtime.sequence import embed
 from dualfocus.runtime.turns import Turns
 from dualfocus.train import scenes
@@ -266,7 +266,7 @@ def test_a_rotated_decoder_computes_the_same(biased: bool, tmp_path: Path) -> No
     data.close()
     onnx.save(joined(parts), tmp_path / "decoder.onnx")
 
-    (found,) = OnnxDecoder(tmp_path / "decoder.onnx", spec, Threads(1)).extend(
+    (found,) = OnnxDecoder(tmp_path / "decoder.onnx", spec, Place(threads=Threads(1))).extend(
         KVCache(spec, 1, 9), [0], list(states), [range(9)]
     )
     np.testing.assert_allclose(found, logits[0], atol=1e-4 * np.abs(logits).max())

@@ -128,7 +128,7 @@ class Checkpoint:
         """Whether one table embeds tokens and scores them."""
         return self.skeleton.lm_head.weight is self.skeleton.get_input_embeddings().weight
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """Of the tensors that the model needs, in its order."""
         return [

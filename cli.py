@@ -255,11 +255,11 @@ def pack(
         from dualfocus.runtime import bundle as bundles
         from dualfocus.runtime import packed
 
-        manifest, digest = bundles.read_manifest(bundle)
+        _, digest = bundles.read_manifest(bundle)
         waiting = _Waiting()
         with waiting:
             waiting.say("packing")
-            folder = packed.pack(bundle, digest, sum(entry.size for entry in manifest.files.values()))
+            folder = packed.pack(bundle, digest)
         size = sum(path.stat().st_size for path in folder.iterdir())
         _console().print(_text(f"{folder}: {size / 1e6:.1f} MB, for this machine and ONNX Runtime alone"))
 

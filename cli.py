@@ -193,17 +193,15 @@ def export(
     from dualfocus.export import ExportError, export_bundle, shapes
 
     with _errors():
+        if checkpoint is not None and random is not None:
+            raise ExportError("both a CHECKPOINT and --random SHAPE were given, expected one of them")
+        for option, given in (("--revision", revision), ("--vision-tower", vision_tower)):
+            if random is not None and given is not None:
+                raise ExportError(f"{option} was given with --random SHAPE, expected it with a CHECKPOINT")
+        source = checkpoint if random is None else shapes.named(random)
+        if source is None:
+            raise ExportError("nothing to export was given, expected a CHECKPOINT or --random SHAPE")
         try:
-            if checkpoint is not None and random is not None:
-                raise ExportError("both a CHECKPOINT and --random SHAPE were given, expected one of them")
-            for option, given in (("--revision", revision), ("--vision-tower", vision_tower)):
-                if random is not None and given is not None:
-                    raise ExportError(
-                        f"{option} was given with --random SHAPE, expected it with a CHECKPOINT"
-                    )
-            source = checkpoint if random is None else shapes.named(random)
-            if source is None:
-                raise ExportError("nothing to export was given, expected a CHECKPOINT or --random SHAPE")
             with _progress() as watch:
                 export_bundle(
                     source,
@@ -220,8 +218,6 @@ def export(
         except KeyboardInterrupt:
             _say(f"interrupted: the same command with --resume goes on with {out}")
             raise
-        except ExportError as error:
-            _refuse(error)
 
 
 @app.command()
@@ -265,11 +261,11 @@ def pack(
         from dualfocus.runtime import bundle as bundles
         from dualfocus.runtime import packed
 
-        manifest, digest = bundles.read_manifest(bundle)
+        _, digest = bundles.read_manifest(bundle)
         waiting = _Waiting()
         with waiting:
             waiting.say("packing")
-            folder = packed.pack(bundle, digest, sum(entry.size for entry in manifest.files.values()))
+            folder = packed.pack(bundle, digest)
         size = sum(path.stat().st_size for path in folder.iterdir())
         _console().print(_text(f"{folder}: {size / 1e6:.1f} MB, for this machine and ONNX Runtime alone"))
 
@@ -471,7 +467,7 @@ def bench_peers(
     plot: _Plot = None,
 ) -> None:
     """The same weights and questions through other runtimes, side by side."""
-    from dualfocus.export import ExportError, shapes
+    from dualfocus.export import shapes
 
     with _errors():
         from dualfocus.runtime.errors import InputError
@@ -481,23 +477,14 @@ def bench_peers(
             import dualfocus.bench.peers.work  # noqa: F401  draws a scene
             from dualfocus.bench import peers
             from dualfocus.bench.peers.base import PRECISIONS
-        try:
-            if (checkpoint is None) == (random is None):
-                raise InputError("bench peers: expected a CHECKPOINT or --random SHAPE, one of them")
-            source = checkpoint if random is None else shapes.named(random)
-            assert source is not None
-            with _progress() as watch:
-                result = peers.run(
-                    source,
-                    folder,
-                    rounds,
-                    threads,
-                    (precision,) if precision else PRECISIONS,
-                    questions,
-                    watch,
-                )
-        except ExportError as error:
-            _refuse(error)
+        if (checkpoint is None) == (random is None):
+            raise InputError("bench peers: expected a CHECKPOINT or --random SHAPE, one of them")
+        source = checkpoint if random is None else shapes.named(random)
+        assert source is not None
+        with _progress() as watch:
+            result = peers.run(
+                source, folder, rounds, threads, (precision,) if precision else PRECISIONS, questions, watch
+            )
         _report(result, peers.show, as_json=as_json, save=save)
         if plot is not None:
             peers.plot(result, plot)
@@ -520,17 +507,13 @@ def bench_export(
     save: _Save = False,
 ) -> None:
     """Time, memory and disk of exporting a model larger than memory, and of starting it."""
-    from dualfocus.export import ExportError, shapes
+    from dualfocus.export import shapes
 
     with _errors():
         with _needs_train("bench export"):
             from dualfocus.bench import export as bench
-        try:
-            shape = shapes.named(random)
-        except ExportError as error:
-            _refuse(error)
         with _progress() as watch:
-            result = bench.run(shape, folder, layout, precision, threads, watch)
+            result = bench.run(shapes.named(random), folder, layout, precision, threads, watch)
         _report(result, bench.show, as_json=as_json, save=save)
 
 

@@ -82,7 +82,7 @@ def run(
         starts = {name: start(name) for name in ("first start", "second start")}
         watch("packing", 0, 1)
         begin = time.perf_counter()
-        folder = pack(bundle, digest, result["bundle_bytes"])
+        folder = pack(bundle, digest)
         packed = {"seconds": time.perf_counter() - begin, "bytes": _size(folder)}
         starts |= {name: start(name) for name in ("packed, first start", "packed, second start")}
     return result | {"starts": starts, "packed": packed}
@@ -130,10 +130,10 @@ def _measured(command: list[str]) -> dict[str, Any]:
     """Seconds that `command` took, its private and its whole memory at the most, and what it said."""
     begin = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        peaks = {"RssAnon": 0, "VmHWM": 0}
+        peaks = {"peak_rss": 0, "rss_anon": 0}
         while process.poll() is None:
-            for name, found in _memory(process.pid).items():
-                peaks[name] = max(peaks[name], found)
+            for name, found in fresh.memory(process.pid).items():
+                peaks[name] = max(peaks[name], found or 0)
             time.sleep(EVERY)
         assert process.stdout is not None
         said = process.stdout.read().splitlines()
@@ -142,20 +142,10 @@ def _measured(command: list[str]) -> dict[str, Any]:
     seconds = time.perf_counter() - begin
     return {
         "seconds": seconds,
-        "peak_rss_anon": peaks["RssAnon"],
-        "peak_rss": peaks["VmHWM"],
+        "peak_rss_anon": peaks["rss_anon"],
+        "peak_rss": peaks["peak_rss"],
         "said": [line for line in said if "|onnx - torch|" not in line],
     }
-
-
-def _memory(process: int) -> dict[str, int]:
-    """Bytes by the names that /proc gives them; nothing of a process that has ended."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    of = (line.split() for line in lines if line.startswith(("RssAnon:", "VmHWM:")))
-    return {name.removesuffix(":"): 1024 * int(number) for name, number, _ in of}
 
 
 def _size(folder: Path) -> int:

@@ -46,14 +46,13 @@ def export_bundle(
 
     A bundle already at `out` is replaced; any other non-empty folder is left alone. With `target`
     "onnx-standard" the decoder is written in operators of the standard alone; `cache` is what it keeps keys
-    and values in. `ragged_append` gives the
-    decoder the input that ONNX Runtime before 1.32 does not know. `coordinates` and `vision_tower` override
-    what the checkpoint says (`checkpoint.describe`, `checkpoint.load`); `revision` is the Hub's. With
-    `resume`, an export to `out` that was interrupted goes on, if there is one. `progress` gets one line per
-    comparison with torch, and what fewer bits changed; `watch` what is done next, how many weights are done,
-    and of how many. Raises ExportError: `out` is no place for a bundle or too small for it, the checkpoint is
-    of another kind or incomplete, another one's export is to be resumed, or a graph differs from torch beyond
-    tolerance.
+    and values in. `ragged_append` gives the decoder the input that ONNX Runtime before 1.32 does not know.
+    `coordinates` and `vision_tower` override what the checkpoint says (`checkpoint.describe`,
+    `checkpoint.load`); `revision` is the Hub's. With `resume`, an export to `out` that was interrupted goes
+    on, if there is one. `progress` gets one line per comparison with torch, and what fewer bits changed;
+    `watch` what is done next, how many weights are done, and of how many. Raises ExportError: `out` is no
+    place for a bundle or too small for it, the checkpoint is of another kind or incomplete, another one's
+    export is to be resumed, or a graph differs from torch beyond tolerance.
     """
     _check_target(out)
     try:
@@ -133,23 +132,16 @@ def _claimed(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-@contextlib.contextmanager
-def _folder_beside(out: Path) -> Iterator[Path]:
-    """A hidden folder on `out`'s file system, so that a rename can move into it; gone afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _move_into_place(folder: Path, out: Path) -> None:
     """Rename `folder` to `out`; an old bundle steps aside first, and comes back if that fails."""
     if not out.exists():
         folder.rename(out)
         return
-    with _folder_beside(out) as aside:
-        old = out.rename(aside / "old")
+    # on the same file system, so that a rename can move into it
+    with tempfile.TemporaryDirectory(
+        prefix=f".{out.name}.", dir=out.parent, ignore_cleanup_errors=True
+    ) as aside:
+        old = out.rename(Path(aside) / "old")
         try:
             folder.rename(out)
         except BaseException:

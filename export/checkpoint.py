@@ -44,7 +44,7 @@ from dualfocus import __version__
 from dualfocus.export import decoder, hub
 from dualfocus.export.errors import ExportError, first_line
 from dualfocus.export.tokenizer import load as load_tokenizer
-from dualfocus.export.weights import FLOATS, Renames, StoredWeights, Weights, read_json
+from dualfocus.export.weights import FLOATS, Renames, StoredWeights, Weights, places, read_json
 from dualfocus.runtime.errors import BundleError
 from dualfocus.runtime.manifest import (
     FORMAT_VERSION,
@@ -129,7 +129,7 @@ class Checkpoint:
         """Whether one table embeds tokens and scores them."""
         return self.skeleton.lm_head.weight is self.skeleton.get_input_embeddings().weight
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """Of the tensors that the model needs, in its order."""
         return [
@@ -165,18 +165,13 @@ def load(folder: Path, name: str | None = None, vision_tower: str | None = None)
     if architecture == "LlavaForConditionalGeneration":
         if vision_tower is not None:
             raise ExportError(f"{folder} has its vision tower inside, so --vision-tower cannot be given")
-        config, sources, preprocessor = _hugging_face(folder, raw)
+        config, weights, preprocessor = _hugging_face(folder, raw)
     elif architecture == "LlavaLlamaForCausalLM":
-        config, sources, preprocessor = _original(folder, raw, vision_tower)
+        config, weights, preprocessor = _original(folder, raw, vision_tower)
     else:
         raise ExportError(
             f"{folder} holds the architecture {architecture}, expected LlavaForConditionalGeneration "
             "or LlavaLlamaForCausalLM"
-        )
-    if config.text_config.model_type not in decoder.KINDS:
-        raise ExportError(
-            f"the language model is of type {config.text_config.model_type!r}, "
-            f"expected one of {', '.join(decoder.KINDS)}"
         )
     for part in (config, config.text_config, config.vision_config):
         part.dtype = torch.float32  # in which all of it is computed, whatever it is stored in
@@ -188,7 +183,7 @@ def load(folder: Path, name: str | None = None, vision_tower: str | None = None)
     checkpoint = Checkpoint(
         name or folder.resolve().name,
         config,
-        StoredWeights(sources),
+        weights,
         tokenizer,
         tokens,
         preprocessor,
@@ -202,7 +197,7 @@ def load(folder: Path, name: str | None = None, vision_tower: str | None = None)
     return checkpoint
 
 
-_Parts = tuple[LlavaConfig, list[tuple[Path, Renames]], dict[str, Any]]
+_Parts = tuple[LlavaConfig, StoredWeights, dict[str, Any]]
 
 
 def _hugging_face(folder: Path, raw: dict[str, Any]) -> _Parts:
@@ -219,7 +214,12 @@ def _hugging_face(folder: Path, raw: dict[str, Any]) -> _Parts:
         raw = raw | {"text_config": text | theta | {"rope_scaling": rope}}
     with _described(folder):
         config = LlavaConfig.from_dict(raw)
-    return config, [(folder, HUGGING_FACE)], preprocessor
+    if config.text_config.model_type not in decoder.KINDS:
+        raise ExportError(
+            f"the language model is of type {config.text_config.model_type!r}, "
+            f"expected one of {', '.join(decoder.KINDS)}"
+        )
+    return config, StoredWeights(places(folder, HUGGING_FACE)), preprocessor
 
 
 @contextmanager
@@ -232,7 +232,7 @@ def _described(folder: Path) -> Iterator[None]:
 
 
 def _original(folder: Path, raw: dict[str, Any], vision_tower: str | None) -> _Parts:
-    """The original LLaVA's configuration as Hugging Face's, and where its two parts are."""
+    """The original LLaVA's configuration as Hugging Face's, and the weights of its two parts."""
     expected: dict[str, tuple[Any, ...]] = {
         "mm_projector_type": ("mlp2x_gelu",),
         "mm_vision_select_feature": ("patch", "cls_patch", None),
@@ -249,8 +249,8 @@ def _original(folder: Path, raw: dict[str, Any], vision_tower: str | None) -> _P
             raise ExportError(
                 f"{folder / 'config.json'}: {key} is {raw.get(key)!r}, expected a {kind.__name__}"
             )
-    sources: list[tuple[Path, Renames]] = [(folder, ORIGINAL)]
-    inside = any(name.startswith("model.vision_tower.") for name in StoredWeights(sources).shapes)
+    sources = [places(folder, ORIGINAL)]
+    inside = any(name.startswith("model.vision_tower.") for name in sources[0])
     name = raw["mm_vision_tower"]
     if vision_tower is None and inside and Path(name).name == Path(KNOWN_TOWER).name:
         vision, preprocessor = CLIPVisionConfig(**KNOWN_TOWER_CONFIG), dict(KNOWN_TOWER_PROCESSOR)
@@ -259,9 +259,9 @@ def _original(folder: Path, raw: dict[str, Any], vision_tower: str | None) -> _P
         vision = _vision_config(tower)
         preprocessor = read_json(tower / "preprocessor_config.json", f"{tower} lacks its image processor")
         if vision_tower is not None:
-            sources.insert(0, (tower, TOWER))
+            sources.insert(0, places(tower, TOWER))
         elif not inside:
-            sources.append((tower, TOWER))
+            sources.append(places(tower, TOWER))
     if raw.get("image_aspect_ratio") == "pad":
         preprocessor["do_pad"] = True
     if raw.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
@@ -280,7 +280,7 @@ def _original(folder: Path, raw: dict[str, Any], vision_tower: str | None) -> _P
             else "default",
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         )
-    return config, sources, preprocessor
+    return config, StoredWeights(*sources), preprocessor
 
 
 def _find_tower(folder: Path, name: str) -> Path:

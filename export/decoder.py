@@ -83,11 +83,7 @@ class Head:
 def describe(
     config: PretrainedConfig, *, vocabulary: int, ragged_append: bool, cache: CacheType = "float32"
 ) -> DecoderSpec:
-    """The spec of the graph for a language model's `config`; ExportError where it could not be written."""
-    if config.model_type not in KINDS:
-        raise ExportError(
-            f"the language model is of type {config.model_type!r}, expected one of {', '.join(KINDS)}"
-        )
+    """The spec of the graph for a `config` of one of `KINDS`; ExportError where it could not be written."""
     if config.hidden_act != "silu":
         raise ExportError(f"the language model's activation is {config.hidden_act!r}, expected 'silu'")
     rope = (getattr(config, "rope_scaling", None) or {}).get("rope_type", "default")  # Mistral's has none

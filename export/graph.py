@@ -15,9 +15,7 @@ from onnx import TensorProto, helper
 from dualfocus import __version__
 
 OPSET = 23  # the first with RMSNormalization
-STANDARD_OPSET = (
-    24  # the first with TensorScatter, which a cache needs where there are standard operators only
-)
+STANDARD_OPSET = 24  # the first with TensorScatter, which a cache needs where operators are the standard's
 IR_VERSION = 10
 MICROSOFT = "com.microsoft"
 INLINE_BYTES = 1024  # up to here a tensor lies in the graph: shapes have to, and norms of small models may
@@ -133,7 +131,7 @@ class Graph:
     ) -> str:
         """Add a node, if there is none yet that gives this output; returns its first output."""
         names = [outputs] if isinstance(outputs, str) else list(outputs)
-        if not self.has(names[0]):
+        if all(names[0] not in node.output for node in self._proto.node):
             node = helper.make_node(kind, inputs, names, name=names[0], domain=domain, **attributes)
             self._proto.node.append(node)
         return names[0]
@@ -141,10 +139,6 @@ class Graph:
     def copy(self, node: onnx.NodeProto) -> None:
         """Add a node of another graph, whose values have the same names here."""
         self._proto.node.append(node)
-
-    def has(self, value: str) -> bool:
-        """Whether some node gives `value`."""
-        return any(value in node.output for node in self._proto.node)
 
     def model(self) -> onnx.ModelProto:
         """The graph as a model."""

@@ -108,19 +108,19 @@ class Export:
             return
         for path in self._folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if (
-            self._is_exact
-        ):  # rounded weights are always tried on the same, so that two exports can be compared
+        if self._is_exact:  # else it stays 0, so that what two exports tell of rounding can be compared
             self._seed = int.from_bytes(os.urandom(4))
         note.write_text(json.dumps(told | {"seed": self._seed}), encoding="utf-8")
 
     def run(self) -> None:
         """Write all files but the manifest, or those that are not there yet."""
         _return_memory()
-        if not (states := list(self._folder.glob("state.*.npz"))):
+        found = [int(path.suffixes[0][1:]) for path in self._folder.glob("state.*.npz")]
+        first = max(found, default=0)
+        if found:
+            self._count(*PARTS, EMBEDDINGS, *(f"{LAYERS}{i}." for i in range(first)))
+        else:
             self._export_vision()
-            states = [self._state(0)]
-        first = max(int(path.suffixes[0][1:]) for path in states)
         if first:
             self._say(f"going on behind layer {first} of {self._manifest.decoder.layers}")
         self._export_decoder(first)
@@ -177,12 +177,11 @@ class Export:
             self._manifest.target,
         )
         rotation = Rotation(spec) if self._manifest.precision == "int8" else None
-        for i in range(spec.layers):
+        if parts:
+            graphs.share(parts[-1])
+        for i in range(first, spec.layers):
             prefix = f"{LAYERS}{i}."
             self._tell(f"layer {i + 1} of {spec.layers}", prefix)
-            if i < first:
-                graphs.share(parts[i])
-                continue
             tensors = {
                 name.removeprefix(prefix): weights.read(name)
                 for name in self._checkpoint.names
@@ -268,6 +267,10 @@ class Export:
     def _tell(self, doing: str, *of: str) -> None:
         """Say that `doing` begins; the tensors whose names begin with one of `of` are done with it."""
         self._watch(doing, self._done, sum(self._sizes.values()))
+        self._count(*of)
+
+    def _count(self, *of: str) -> None:
+        """The tensors whose names begin with one of `of` are done."""
         self._done += sum(size for name, size in self._sizes.items() if name.startswith(of))
 
 

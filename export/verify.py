@@ -261,7 +261,6 @@ class TorchDecoder:
         with no_init_weights():
             self._model = AutoModel.from_config(config).eval()
         self._norm, self._model.norm = self._model.norm, nn.Identity()
-        self._config = config
 
     def layer(self, tensors: Mapping[str, Tensor], states: Floats) -> Floats:
         """(B, S, hidden) through the layer whose weights, by transformers' names, are `tensors`."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_utils import no_init_weights
 
-from dualfocus.export.graph import DataFile, Graph
+from dualfocus.export.graph import Array, DataFile, Graph
 from dualfocus.export.quantize import EXACT, product, vision_form
 from dualfocus.export.weights import Weights
 from dualfocus.runtime.manifest import Precision
@@ -60,9 +60,8 @@ class Vision(nn.Module):
         self.config = model.config.vision_config  # optimum asks a model for its configuration
         layers = model.config.vision_feature_layer
         self.layers = [layers] if isinstance(layers, int) else layers
-        self.first = (
-            1 if model.config.vision_feature_select_strategy == "default" else 0
-        )  # skip the class token
+        # "default" skips the class token
+        self.first = 1 if model.config.vision_feature_select_strategy == "default" else 0
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         hidden = self.tower(pixel_values, output_hidden_states=True).hidden_states
@@ -162,8 +161,9 @@ def _halve(graph: onnx.GraphProto) -> None:
             attribute.t.CopyFrom(onnx.numpy_helper.from_array(array.astype(np.float16)))
 
 
-def _array(tensor: onnx.TensorProto, path: Path) -> onnx.numpy_helper.np.ndarray:
+def _array(tensor: onnx.TensorProto, path: Path) -> Array:
     if onnx.external_data_helper.uses_external_data(tensor):
         tensor = copy.deepcopy(tensor)  # which the weights shall not stay in
         load_external_data_for_tensor(tensor, str(path.parent))
-    return onnx.numpy_helper.to_array(tensor)
+    array: Array = onnx.numpy_helper.to_array(tensor)
+    return array

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import ChainMap, Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol
@@ -50,15 +50,11 @@ class Weights(Protocol):
 
 
 class StoredWeights:
-    """`Weights` of one folder or several, each with its own names for the tensors."""
+    """`Weights` of one folder or several."""
 
-    def __init__(self, sources: Iterable[tuple[Path, Renames]]) -> None:
-        """Open what the folders hold; where two hold one tensor, the first counts. Raises ExportError."""
-        self._places: dict[str, _Place] = {}
-        for folder, renames in sources:
-            for place in _open(folder):
-                name = _renamed(place.key, renames)
-                self._places.setdefault(name, place)
+    def __init__(self, *sources: dict[str, Place]) -> None:
+        """Of `places`; where two have one tensor, the first counts."""
+        self._places = dict(ChainMap(*sources))
         self.shapes = {name: place.shape for name, place in self._places.items()}
         self.dtypes = {name: place.dtype for name, place in self._places.items()}
         files = sorted({place.file for place in self._places.values()})
@@ -77,7 +73,7 @@ class StoredWeights:
         return tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
-class _Place:
+class Place:
     """Where one tensor is."""
 
     def __init__(self, file: Path, key: str, opened: Any) -> None:
@@ -96,8 +92,15 @@ class _Place:
         return tensor
 
 
-def _open(folder: Path) -> Iterator[_Place]:
-    """Every tensor of the checkpoint in `folder`."""
+def places(folder: Path, renames: Renames) -> dict[str, Place]:
+    """Where the tensors of the checkpoint in `folder` are, which has its own names for them.
+
+    Raises ExportError where there are none, or what cannot be read.
+    """
+    return {_renamed(place.key, renames): place for place in _open(folder)}
+
+
+def _open(folder: Path) -> Iterator[Place]:
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise ExportError(f"{folder} has no weights, expected one of {', '.join(WEIGHTS)}")
@@ -105,10 +108,10 @@ def _open(folder: Path) -> Iterator[_Place]:
         yield from _open_shards(folder, path)
         return
     opened = _open_file(path)
-    yield from (_Place(path, key, opened) for key in opened.keys())  # noqa: SIM118
+    yield from (Place(path, key, opened) for key in opened.keys())  # noqa: SIM118
 
 
-def _open_shards(folder: Path, index: Path) -> Iterator[_Place]:
+def _open_shards(folder: Path, index: Path) -> Iterator[Place]:
     listed = read_json(index, "").get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise ExportError(f"{index} lists no weights: expected a weight_map of names and files")
@@ -122,7 +125,7 @@ def _open_shards(folder: Path, index: Path) -> Iterator[_Place]:
             opened[file] = _open_file(folder / file)
         if key not in opened[file].keys():  # noqa: SIM118  safetensors' handle has no `in`
             raise ExportError(f"{folder / file} holds no {key}, which {index.name} says it does")
-        yield _Place(folder / file, key, opened[file])
+        yield Place(folder / file, key, opened[file])
 
 
 def _open_file(path: Path) -> Any:

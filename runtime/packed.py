@@ -22,14 +22,15 @@ FOLDER, NOTE = "packed", "packed.json"  # the note is written last
 GRAPHS = ("vision.onnx", "decoder.onnx")
 
 
-def pack(path: Path, digest: str, size: int) -> Path:
-    """Pack the weights of the bundle at `path`; `digest` names it, and its files take `size` bytes.
+def pack(path: Path, digest: str) -> Path:
+    """Pack the weights of the bundle at `path`, which `digest` names.
 
     Returns the folder. Raises BundleError where the disk has no room for it, EngineError where there is no
     ONNX Runtime.
     """
     from dualfocus.runtime.onnx import save_packed
 
+    size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     # the packed weights are stored behind the weights they were made from, and are about as large
     if (free := shutil.disk_usage(path).free) < 2.5 * size:
         raise BundleError(f"{path} has room for {free / 1e9:.1f} GB, packing may take {2.5 * size / 1e9:.1f}")

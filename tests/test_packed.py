@@ -22,8 +22,7 @@ from dualfocus.runtime.manifest import Precision
 
 
 def pack(bundle: Path) -> Path:
-    manifest, digest = read_manifest(bundle)
-    return packed.pack(bundle, digest, sum(entry.size for entry in manifest.files.values()))
+    return packed.pack(bundle, read_manifest(bundle)[1])
 
 
 def is_packed(bundle: Path) -> bool:

@@ -24,7 +24,7 @@ from dualfocus.bench.peers.base import PARTS, PAST, PREFILL, STEPS, Call, Opened
 from dualfocus.bench.peers.work import make
 from dualfocus.export import ExportError, export_bundle
 from dualfocus.export.checkpoint import Checkpoint
-from dualfocus.export.random_weights import random_checkpoint, random_model
+from dualfocus.export.random_weights import random_checkpoint
 from dualfocus.runtime import Bundle, PlainRunner
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.engines import Floats
@@ -92,8 +92,8 @@ def values(tensor: Any) -> Floats:
     return found
 
 
-def test_the_decoders_file_holds_its_weights(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    checkpoint = dataclasses.replace(checkpoint, model=random_model(UNTIED))
+def test_the_decoders_file_holds_its_weights(tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(UNTIED)
     config, weights = checkpoint.model.config.text_config, checkpoint.model.state_dict()
     gguf_files.write_text(checkpoint, tmp_path / "text", "f32")
     fields, tensors = read(tmp_path / "text")
@@ -144,10 +144,8 @@ def test_quantised_files_are_near(
 
 
 @pytest.mark.parametrize(("shape", "layers"), [(SHAPE, 2), (UNTIED, 3)])
-def test_the_towers_file_has_the_layers_that_are_run(
-    shape: tiny.Shape, layers: int, checkpoint: Checkpoint, tmp_path: Path
-) -> None:
-    checkpoint = dataclasses.replace(checkpoint, model=random_model(shape))
+def test_the_towers_file_has_the_layers_that_are_run(shape: tiny.Shape, layers: int, tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(shape)
     gguf_files.write_vision(checkpoint, tmp_path / "mmproj", "bf16")
     fields, tensors = read(tmp_path / "mmproj")
     assert fields["clip.vision.block_count"] == layers
@@ -160,14 +158,9 @@ def test_the_towers_file_has_the_layers_that_are_run(
     np.testing.assert_allclose(values(tensors["mm.2.weight"]), projector, rtol=1 / 128)
 
 
-def test_what_llama_cpp_would_compute_otherwise_is_not_written(
-    checkpoint: Checkpoint, tmp_path: Path
-) -> None:
+def test_what_llama_cpp_would_compute_otherwise_is_not_written(tmp_path: Path) -> None:
     scaled = {"rope_type": "linear", "factor": 2.0}
-    other = dataclasses.replace(
-        checkpoint,
-        model=random_model(dataclasses.replace(SHAPE, rope_scaling=scaled, feature_strategy="full")),
-    )
+    other = random_checkpoint(dataclasses.replace(SHAPE, rope_scaling=scaled, feature_strategy="full"))
     with pytest.raises(ExportError, match="positions are scaled"):
         gguf_files.write_text(other, tmp_path / "text", "f32")
     with pytest.raises(ExportError, match="strategy 'full'"):

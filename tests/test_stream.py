@@ -119,7 +119,16 @@ def test_resuming_goes_on_behind_the_last_finished_layer(
     read: list[str] = []
     reading = StoredWeights.read
     monkeypatch.setattr(StoredWeights, "read", lambda self, name: (read.append(name), reading(self, name))[1])
-    export_bundle(checkpoint, tmp_path / "b", resume=True, progress=lines.append)
+    told: list[tuple[str, int, int]] = []
+    export_bundle(
+        checkpoint,
+        tmp_path / "b",
+        resume=True,
+        progress=lines.append,
+        watch=lambda *doing: told.append(doing),
+    )
+    assert [doing for doing, _, _ in told] == STAGES[4:]
+    assert told[-1][1] == told[-1][2]  # what was done before the interruption counts as done
     assert lines[0] == "going on behind layer 2 of 3"
     assert {name.split(".layers.")[-1][0] for name in read if ".layers." in name} == {"2"}
     assert not any("vision" in name or "embed" in name for name in read)

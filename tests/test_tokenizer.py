@@ -13,7 +13,13 @@ import fakes
 import pytest
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import LlamaTokenizer, LlamaTokenizerFast, Qwen2Tokenizer, Qwen2TokenizerFast
+from transformers import (
+    LlamaTokenizer,
+    LlamaTokenizerFast,
+    PreTrainedTokenizerBase,
+    Qwen2Tokenizer,
+    Qwen2TokenizerFast,
+)
 
 from dualfocus.export import ExportError
 from dualfocus.export.random_weights import QUESTIONS
@@ -173,6 +179,13 @@ def differing(ours: Function, theirs: Function, texts: Sequence[str] = TEXTS) ->
     return [text for text in texts if ours(text) != theirs(text)]
 
 
+def ids(tokenizer: Tokenizer | PreTrainedTokenizerBase, special: bool = True) -> Function:
+    """What a tokenizer, ours or transformers', makes of a text."""
+    if isinstance(tokenizer, Tokenizer):
+        return lambda text: tokenizer.encode(text, add_special_tokens=special).ids
+    return lambda text: tokenizer(text, add_special_tokens=special).input_ids
+
+
 # ---- Llama's
 
 
@@ -187,10 +200,7 @@ def test_ids_equal_the_slow_class(checkpoint: Callable[[str], Path], name: str, 
         # stands for no text. `tokenizers` has nothing before an added token; no run of a turn begins so.
         return name == "unnamed image" and text.startswith("<image>")
 
-    different = differing(
-        lambda text: ours.encode(text, add_special_tokens=special).ids,
-        lambda text: slow(text, add_special_tokens=special).input_ids,
-    )
+    different = differing(ids(ours, special), ids(slow, special))
     assert [text for text in different if not excepted(text)] == []
 
 
@@ -207,7 +217,7 @@ def test_ids_equal_the_fast_class(checkpoint: Callable[[str], Path], name: str) 
             return "<unk>" in text  # sought as "▁<unk>"
         return name == "added, not special" and "<image>" in text  # as well
 
-    different = differing(lambda text: ours.encode(text).ids, lambda text: fast(text).input_ids)
+    different = differing(ids(ours), ids(fast))
     assert [text for text in different if not excepted(text)] == []
 
 
@@ -288,7 +298,7 @@ def test_model_without_prefix(tmp_path: Path) -> None:
     model = train(add_dummy_prefix=False)
     folder = write(tmp_path / "folder", {"tokenizer.model": model, "tokenizer_config.json": LLAMA})
     ours, slow = reopened(folder), LlamaTokenizer.from_pretrained(folder)
-    assert differing(lambda text: ours.encode(text).ids, lambda text: slow(text).input_ids) == []
+    assert differing(ids(ours), ids(slow)) == []
 
 
 def test_slow_class_goes_before_tokenizer_json(checkpoint: Callable[[str], Path]) -> None:
@@ -298,7 +308,7 @@ def test_slow_class_goes_before_tokenizer_json(checkpoint: Callable[[str], Path]
     write(folder, FOLDERS["false"])
     stale.save(str(folder / "tokenizer.json"))
     ours, slow = reopened(folder), LlamaTokenizer.from_pretrained(folder)
-    assert differing(lambda text: ours.encode(text).ids, lambda text: slow(text).input_ids) == []
+    assert differing(ids(ours), ids(slow)) == []
 
 
 # ---- tokenizer.json alone
@@ -318,12 +328,8 @@ def test_llamas_tokenizer_json(tmp_path: Path, llama: bytes, files: dict[str, An
     folder = write(tmp_path / "fast", files | {"tokenizer.json": json.loads(converted)})
     ours, fast = reopened(folder), LlamaTokenizerFast.from_pretrained(folder)
     assert load(folder)[1:] == (bos, 2)
-    assert differing(lambda text: ours.encode(text).ids, lambda text: fast(text).input_ids) == []
-    different = differing(
-        lambda text: ours.encode(text, add_special_tokens=False).ids,
-        lambda text: slow(text, add_special_tokens=False).input_ids,
-    )
-    assert different == []
+    assert differing(ids(ours), ids(fast)) == []
+    assert differing(ids(ours, special=False), ids(slow, special=False)) == []
 
 
 def test_normalized_end_in_tokenizer_json(tmp_path: Path, llama: bytes) -> None:
@@ -390,14 +396,7 @@ def test_qwen2(tmp_path: Path) -> None:
     assert load(folder)[1:] == (None, ours.token_to_id("<|im_end|>"))
     for special in (True, False):
         for theirs in (fast, slow):
-            assert (
-                differing(
-                    lambda text: ours.encode(text, add_special_tokens=special).ids,  # noqa: B023
-                    lambda text: theirs(text, add_special_tokens=special).input_ids,  # noqa: B023
-                    texts,
-                )
-                == []
-            )
+            assert differing(ids(ours, special), ids(theirs, special), texts) == []
     assert (
         differing(
             lambda text: ours.decode(slow(text).input_ids, skip_special_tokens=True),

@@ -280,6 +280,7 @@ class DecoderGraphs:
             num_heads=self._spec.heads,
             kv_num_heads=self._spec.kv_heads,
             do_rotary=1,
+            scale=self._spec.head_size**-0.5,  # what it would be anyway; TensorRT-RTX wants to be told
         )
         out = self._as_computed(graph, out)
         if self._precision != "int8" or not self._spec.ragged_append:

@@ -103,9 +103,9 @@ class Graph:
                 self._weights[name] = onnx.numpy_helper.from_array(np.asarray(array, order="C"), name)
         return name
 
-    def half_bytes(self, name: str, packed: Array, shape: Sequence[int]) -> str:
-        """A constant of `shape` in unsigned 4-bit integers, two in a byte, the first in its lower half."""
-        self._weights[name] = self._data.store(name, packed, TensorProto.UINT4)
+    def half_bytes(self, name: str, packed: Array, shape: Sequence[int], kind: int) -> str:
+        """A constant of `shape` in 4-bit integers of ONNX's type `kind`, two in a byte, the lower first."""
+        self._weights[name] = self._data.store(name, packed, kind)
         self._weights[name].dims[:] = shape
         return name
 

@@ -12,7 +12,9 @@ measured to be worth it on a CPU (bench/LOG.md):
   straight into the image's tokens, and they take next to no time.
 - int4: the decoder in blocks of 32 weights with scale and zero point fitted by llama.cpp's k-quant search,
   as ONNX Runtime has it; the head, and the packed QKV and down projections of half of the layers, which
-  cost quality most, in 8 bits. The tower as in int8.
+  cost quality most, in 8 bits. The tower as in int8. TensorRT has no zero points: its weights are signed.
+
+For a GPU all the rest is float16, the tower too.
 """
 
 from __future__ import annotations
@@ -127,6 +129,10 @@ def _block_product(graph: Graph, x: str, weight: Floats, form: Form, name: str, 
     """A product whose weights have a scale for every block of inputs, and a zero point if it was searched."""
     assert form.block is not None
     (outputs, inputs), block = weight.shape, form.block
+    if graph.half and graph.is_standard:
+        integers, scales = _in_chunks(weight, lambda rows: _signed(rows, form.bits, block))
+        matrix = _signed_dequantized(graph, integers[:, :inputs].T, scales.T, form, name)
+        return graph.add("MatMul", [x, matrix], output)
     find = _search if form.searched else _round
     integers, scales, *zeros = _in_chunks(weight, lambda rows: find(rows, form.bits, block))
     if graph.is_standard:
@@ -160,9 +166,22 @@ def _dequantized(
         if form.bits == 8:
             stored.append(graph.weight(of, array))
         else:
-            stored.append(graph.half_bytes(of, _packed(array.reshape(-1), 4), array.shape))
+            stored.append(graph.half_bytes(of, _packed(array.reshape(-1), 4), array.shape, TensorProto.UINT4))
     inputs = [stored[0], graph.weight(f"{name}.scale", scales), stored[1]]
     return graph.add("DequantizeLinear", inputs, f"{name}.float32", axis=0, block_size=form.block)
+
+
+def _signed_dequantized(
+    graph: Graph, integers: npt.NDArray[np.int8], scales: Floats, form: Form, name: str
+) -> str:
+    """The (K, N) matrix of signed `integers` as TensorRT knows it, which has no zero points."""
+    if form.bits == 8:
+        stored = graph.weight(f"{name}.int8", integers)
+    else:
+        packed = _packed(integers.reshape(-1).view(np.uint8) & 0xF, 4)
+        stored = graph.half_bytes(f"{name}.int4", packed, integers.shape, TensorProto.INT4)
+    inputs = [stored, graph.weight(f"{name}.scale", scales)]
+    return graph.add("DequantizeLinear", inputs, f"{name}.float16", axis=0, block_size=form.block)
 
 
 def _in_chunks(weight: Floats, find: Callable[[Floats], tuple[Any, ...]]) -> list[Any]:
@@ -181,6 +200,28 @@ def _round(weight: Floats, bits: int, block: int) -> tuple[Bytes, Floats]:
     )
     integers, scales, _ = quantizer.qbits_block_quant(np.ascontiguousarray(weight.T))
     return integers.reshape(len(weight), -1), scales
+
+
+def _signed(weight: Floats, bits: int, block: int) -> tuple[npt.NDArray[np.int8], Floats]:
+    """(N, K) -> (N, blocks * block) signed integers and (N, blocks) scales above 0.
+
+    Each block's scale is the best of a few, by squared error: the extreme may be cut off where that helps.
+    """
+    rows, blocks = len(weight), -(-weight.shape[1] // block)
+    parts = np.pad(weight, ((0, 0), (0, blocks * block - weight.shape[1]))).reshape(rows, blocks, block)
+    most = 2 ** (bits - 1)
+    extremes = np.abs(parts).max(-1, keepdims=True)
+    found, chosen = np.empty(parts.shape, np.int8), np.empty_like(extremes)
+    least = np.full_like(extremes, np.inf)
+    for reach in most + np.linspace(-1, 1.5, 6 if bits == 4 else 1):
+        # as float16 has it, in which it is stored, and never 0
+        scales = np.maximum(extremes / reach, 2.0**-24).astype(np.float16).astype(np.float32)
+        integers = np.rint(parts / scales).clip(-most, most - 1)
+        errors = ((integers * scales - parts) ** 2).sum(-1, keepdims=True)
+        better = errors < least
+        found, chosen = np.where(better, integers, found).astype(np.int8), np.where(better, scales, chosen)
+        least = np.minimum(errors, least)
+    return found.reshape(rows, -1), chosen.reshape(rows, blocks)
 
 
 def _search(weight: Floats, bits: int, block: int) -> tuple[Bytes, Floats, Bytes]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
@@ -316,7 +317,9 @@ def encode(path: Path, pixels: Floats) -> Floats:
 
 def _open(path: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.add_session_config_entry("session.x64quantprecision", "1")  # right on every processor
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    if any(node.op_type == "MatMulInteger" for node in nodes):  # right on every processor
+        options.add_session_config_entry("session.x64quantprecision", "1")
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 

@@ -84,7 +84,7 @@ class Bundle:
         if manifest.target in ON_DEVICE:
             # The default stream, CuPy's, and the decoder's wait for each other; the tower's runs beside them.
             streams = [chosen.stream(blocking=False), chosen.stream(blocking=True)]
-            places = [onnx.Place(chosen, threading, stream) for stream in streams]
+            places = [onnx.Place(chosen, threading, stream, half=True) for stream in streams]
             places[1] = replace(places[1], replay=chosen.kind != "cpu")
             vision = onnx.DeviceVisionEncoder(files[0], image, spec.hidden, places[0])
             decoder = onnx.DeviceDecoder(files[1], spec, places[1])

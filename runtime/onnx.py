@@ -64,7 +64,7 @@ def save_packed(source: Path, target: Path) -> None:
     _session(source, options, Place())
 
 
-def _options(threads: Threads) -> ort.SessionOptions:
+def _options(threads: Threads, *, half: bool = False) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads.number is not None:
@@ -74,7 +74,8 @@ def _options(threads: Threads) -> ort.SessionOptions:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # Without VNNI, pairs of 8-bit products are added in 16 bits, and overflow, unless this is set; with VNNI
     # it would halve the speed. The crop kernel's AVX-512 path needs VNNI too, so it is there or is not.
-    if "avx512" not in kernels.available():
+    # Graphs of float16 have no such products, but weights that this would spoil.
+    if "avx512" not in kernels.available() and not half:
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
@@ -132,7 +133,8 @@ class Place:
     device: Device = CPU
     threads: Threads = Threads()
     stream: Any = None  # CuPy's, which everything is queued on
-    replay: bool = False  # calls of one shape, one after the other, are recorded and replayed (CUDA graphs)
+    half: bool = False  # the graphs compute in float16
+    replay: bool = False  # steps that come again and again are recorded and replayed, as CUDA graphs
 
 
 def _session(path: Path, options: ort.SessionOptions, place: Place) -> ort.InferenceSession:
@@ -157,7 +159,7 @@ def _session(path: Path, options: ort.SessionOptions, place: Place) -> ort.Infer
 
 def _open(path: Path, place: Place, inputs: Shapes, outputs: Shapes) -> ort.InferenceSession:
     """A session on the graph at `path`, which has these `inputs` and no others, and these `outputs`."""
-    session = _session(path, _options(place.threads), place)
+    session = _session(path, _options(place.threads, half=place.half), place)
     for kind, nodes, expected in (
         ("input", session.get_inputs(), inputs),
         ("output", session.get_outputs(), outputs),

@@ -37,6 +37,14 @@ app = typer.Typer(
 
 SPINNER_AFTER = 2.0  # seconds
 
+_Device = Annotated[
+    str,
+    typer.Option(
+        metavar="DEVICE",
+        help="cpu, cuda, tensorrt, tensorrt-rtx, with :n for another GPU, or the best that works.",
+    ),
+]
+
 
 @app.callback()
 def dualfocus() -> None:
@@ -91,6 +99,7 @@ def ask(
         bool,
         typer.Option("--spin/--no-spin", help="Threads wait awake: faster, unless others need their cores."),
     ] = True,
+    device: _Device = "auto",
 ) -> None:
     """Answer questions about a picture."""
     with _errors():
@@ -107,7 +116,7 @@ def ask(
         waiting = _Waiting()
         with waiting:
             waiting.say("opening the model")
-            model = Bundle.open(bundle or BUILT_IN, threads=threads, spin=spin)
+            model = Bundle.open(bundle or BUILT_IN, device=device, threads=threads, spin=spin)
         for question in questions:  # all of them before the first is answered
             Turns(model.manifest, model.tokenizer, question).check_length(macro_only=mode == "macro")
 
@@ -132,7 +141,7 @@ def ask(
                 shown = {**result.to_dict(), "bundle": model.manifest.name, "device": model.device}
                 print(json.dumps(shown), flush=True)  # in ASCII, which every stdout can take
             else:
-                _print_result(result, question if len(questions) > 1 else None)
+                _print_result(result, question if len(questions) > 1 else None, model.device)
             if show is not None:
                 from dualfocus.runtime.show import annotate
 
@@ -222,7 +231,10 @@ def export(
 
 @app.command()
 def inspect(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a bundle.")],
+    bundle: Annotated[Path | None, typer.Argument(metavar="BUNDLE", help="Folder of a bundle.")] = None,
+    devices: Annotated[
+        bool, typer.Option("--devices", help="Say what this machine can run models on, and what it lacks.")
+    ] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Compare every file's SHA-256.")] = False,
     budget: Annotated[
         bool,
@@ -230,11 +242,17 @@ def inspect(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
-    """Say what a bundle is."""
+    """Say what a bundle is, or what this machine has."""
     with _errors():
         from dualfocus.runtime import bundle as bundles
         from dualfocus.runtime import packed
+        from dualfocus.runtime.errors import InputError
 
+        if devices:
+            _print_devices(as_json=as_json)
+            return
+        if bundle is None:
+            raise InputError("nothing to inspect was given, expected a BUNDLE or --devices")
         manifest, digest = bundles.read_manifest(bundle)
         if verify:
             bundles.verify(bundle, manifest)
@@ -291,6 +309,7 @@ app.add_typer(evaluate, name="eval")
 def scenes(
     limit: _Limit = 2000,
     bundle: _Bundle = None,
+    device: _Device = "auto",
     threads: _Threads = None,
     as_json: _Json = False,
     save: _Save = False,
@@ -306,7 +325,7 @@ def scenes(
             from dualfocus.bench import harness
             from dualfocus.bench import scenes as bench
 
-        model = Bundle.open(bundle or BUILT_IN, threads=threads)
+        model = Bundle.open(bundle or BUILT_IN, device=device, threads=threads)
         asked = bench.ask_all(FocusRunner(model), bench.held_out(limit))
         outcomes = list(
             track(asked, "asking", total=limit, console=_stderr(), disable=not _watched(sys.stderr))
@@ -327,6 +346,7 @@ app.add_typer(benches, name="bench")
 def bench_stages(
     bundle: _Bundle = None,
     rounds: Annotated[int, typer.Option(metavar="N", min=2, help="How often the question is asked.")] = 20,
+    device: _Device = "auto",
     threads: _Threads = None,
     spin: _Spin = True,
     as_json: _Json = False,
@@ -334,13 +354,14 @@ def bench_stages(
     plot: _Plot = None,
 ) -> None:
     """One question, every stage apart; the first token, the first answer of a process, memory."""
-    _bench("stages", bundle, rounds, threads, spin, as_json=as_json, save=save, plot=plot)
+    _bench("stages", bundle, rounds, device, threads, spin, as_json=as_json, save=save, plot=plot)
 
 
 @benches.command("limits")
 def bench_limits(
     bundle: _Bundle = None,
     rounds: _Rounds = 10,
+    device: _Device = "auto",
     threads: _Threads = None,
     spin: _Spin = True,
     as_json: _Json = False,
@@ -348,13 +369,14 @@ def bench_limits(
     plot: _Plot = None,
 ) -> None:
     """Decode, prefill and vision against what memory and arithmetic of this machine allow."""
-    _bench("limits", bundle, rounds, threads, spin, as_json=as_json, save=save, plot=plot)
+    _bench("limits", bundle, rounds, device, threads, spin, as_json=as_json, save=save, plot=plot)
 
 
 @benches.command("savings")
 def bench_savings(
     bundle: _Bundle = None,
     rounds: _Rounds = 10,
+    device: _Device = "auto",
     threads: _Threads = None,
     spin: _Spin = True,
     as_json: _Json = False,
@@ -362,13 +384,14 @@ def bench_savings(
     plot: _Plot = None,
 ) -> None:
     """What every saving is worth, from the plain protocol to all of them."""
-    _bench("savings", bundle, rounds, threads, spin, as_json=as_json, save=save, plot=plot)
+    _bench("savings", bundle, rounds, device, threads, spin, as_json=as_json, save=save, plot=plot)
 
 
 @benches.command("gate")
 def bench_gate(
     limit: _Limit = 2000,
     bundle: _Bundle = None,
+    device: _Device = "auto",
     threads: _Threads = None,
     spin: _Spin = True,
     as_json: _Json = False,
@@ -376,13 +399,14 @@ def bench_gate(
     plot: _Plot = None,
 ) -> None:
     """Accuracy against latency of `ask --skip-above`, on drawn scenes that no training ever saw."""
-    _bench("gate", bundle, limit, threads, spin, as_json=as_json, save=save, plot=plot)
+    _bench("gate", bundle, limit, device, threads, spin, as_json=as_json, save=save, plot=plot)
 
 
 def _bench(
     name: str,
     bundle: Path | None,
     amount: int,
+    device: str,
     threads: int | None,
     spin: bool,
     *,
@@ -400,7 +424,7 @@ def _bench(
         _check_plot(plot)
         with _needs_train(f"bench {name}"):
             module = import_module(f"dualfocus.bench.{name}")
-        model = Bundle.open(bundle or BUILT_IN, threads=threads, spin=spin)
+        model = Bundle.open(bundle or BUILT_IN, device=device, threads=threads, spin=spin)
         with _progress() as watch:
             result = module.run(model, amount, threads, watch, spin=spin)
         _report(result, module.show, as_json=as_json, save=save)
@@ -723,7 +747,7 @@ def _save(image: PillowImage, path: Path) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _print_result(result: FocusResult, question: str | None) -> None:
+def _print_result(result: FocusResult, question: str | None, device: str) -> None:
     """`question` is printed where several were asked."""
     from rich.table import Table
 
@@ -756,7 +780,7 @@ def _print_result(result: FocusResult, question: str | None) -> None:
     if result.skipped:
         console.print(_text("sure enough of the macro answer not to look closer", "yellow"))
     console.print(rows)
-    console.print(_text(f"{total:.0f} ms: {stages}", "dim"))
+    console.print(_text(f"{total:.0f} ms on {device}: {stages}", "dim"))
     console.print(_text(work, "dim"))
 
 
@@ -795,6 +819,26 @@ def _print_manifest(
     rows = Table.grid(padding=(0, 2))
     for name, fact in facts.items():
         rows.add_row(_text(name.replace("_", " "), "dim"), _text(fact))
+    _console().print(rows)
+
+
+def _print_devices(*, as_json: bool) -> None:
+    from rich.table import Table
+
+    from dualfocus.runtime.devices import survey
+
+    found = survey()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    rows = Table.grid(padding=(0, 2))
+    for kind, why in found["devices"].items():
+        rows.add_row(_text(kind), _text("works" if why is None else f"does not work here: {why}"))
+    for gpu in found["gpus"]:
+        told = f"{gpu['name']}, compute capability {gpu['compute_capability']}"
+        rows.add_row(_text(f"GPU {gpu['index']}"), _text(f"{told}, {gpu['memory'] / 1e9:.1f} GB"))
+    for name, version in found["versions"].items():
+        rows.add_row(_text(name, "dim"), _text(version))
     _console().print(rows)
 
 

@@ -7,14 +7,16 @@ not guessed: every step that can be missing, from the Python package to the driv
 
 from __future__ import annotations
 
+import contextlib
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from types import ModuleType
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from dualfocus.runtime.errors import DeviceError
+from dualfocus.runtime.errors import DeviceError, EngineError
 from dualfocus.runtime.manifest import Target
 
 Kind = Literal["cpu", "cuda", "tensorrt-rtx", "tensorrt"]
@@ -65,7 +67,7 @@ class Gpu:
 
     index: int
     name: str
-    compute_capability: tuple[int, int]
+    compute_capability: str  # "8.7"
     memory: int  # bytes
     free: int  # bytes
 
@@ -117,12 +119,38 @@ def problem(device: Device) -> str | None:
     if device.index >= len(found):
         return f"there is no GPU {device.index}, {len(found)} found"
     if device.kind == "tensorrt":
-        from dualfocus.runtime import tensorrt
-
-        return tensorrt.problem()
+        try:
+            from dualfocus.runtime import tensorrt  # noqa: F401
+        except EngineError as error:
+            return str(error)
+        return None
     from dualfocus.runtime import onnx
 
     return onnx.problem(device)
+
+
+def survey() -> dict[str, Any]:
+    """What this machine can run models on, as JSON: of each kind what it lacks, the GPUs, and versions."""
+    names = ("onnxruntime", "onnxruntime-gpu", "cupy-cuda13x", "cupy-cuda12x", "tensorrt", "tensorrt-rtx")
+    versions = {}
+    for name in (*names, "onnxruntime-ep-nv-tensorrt-rtx-cu13"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    try:
+        found = gpus()
+    except DeviceError:
+        found = []
+    else:
+        import cupy
+
+        told = {"CUDA driver": cupy.cuda.runtime.driverGetVersion()}
+        told["CUDA runtime"] = cupy.cuda.runtime.runtimeGetVersion()
+        versions |= {name: f"{number // 1000}.{number % 1000 // 10}" for name, number in told.items()}
+    return {
+        "devices": {kind: problem(Device(kind)) for kind in get_args(Kind)},
+        "gpus": [asdict(gpu) for gpu in found],
+        "versions": versions,
+    }
 
 
 def gpus() -> list[Gpu]:
@@ -139,7 +167,7 @@ def gpus() -> list[Gpu]:
             with cupy.cuda.Device(index):
                 free, total = runtime.memGetInfo()
             name = told["name"].decode()
-            found.append(Gpu(index, name, (told["major"], told["minor"]), total, free))
+            found.append(Gpu(index, name, f"{told['major']}.{told['minor']}", total, free))
     except runtime.CUDARuntimeError as error:
         raise DeviceError(f"no NVIDIA driver or GPU answers ({error})") from None
     return found

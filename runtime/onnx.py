@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,7 +92,8 @@ def problem(device: Device) -> str | None:
 
 def _library_problem(folder: Path, name: str) -> str | None:
     """Why the provider's library `name` cannot be loaded: ONNX Runtime itself would go on without it."""
-    ort.preload_dlls()  # CUDA's and cuDNN's, where pip installed them
+    with contextlib.redirect_stdout(io.StringIO()):  # where it tells of what is missing, as we do
+        ort.preload_dlls()  # CUDA's and cuDNN's, where pip installed them
     try:
         ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), ctypes.RTLD_GLOBAL)
         ctypes.CDLL(str(folder / name))

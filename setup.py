@@ -11,8 +11,8 @@ if not (pathlib.Path(__file__).parent / "src/dualfocus/kernels/__init__.py").is_
         "check out with symbolic links on (git config core.symlinks true)"
     )
 
-SOURCES = ["binding", "crop", "crop_avx512", "crop_avx2", "crop_neon", "stream"]
-HEADERS = ["crop", "crop_isa", "stream"]
+SOURCES = ["binding", "crop", "crop_plan", "crop_avx512", "crop_avx2", "crop_neon", "stream"]
+HEADERS = ["crop", "crop_isa", "crop_math", "crop_plan", "stream"]
 
 setup(
     ext_modules=[

@@ -53,7 +53,7 @@ size_t crop_window_max(const crop_geometry *across, const crop_geometry *down)
     return window_max(across) > window_max(down) ? window_max(across) : window_max(down);
 }
 
-static size_t weight_stride(const crop_geometry *g)
+size_t crop_weight_stride(const crop_geometry *g)
 {
     size_t taps = window_max(g);
     taps = taps < (size_t)g->crop ? taps : (size_t)g->crop;
@@ -63,7 +63,7 @@ static size_t weight_stride(const crop_geometry *g)
 void crop_carve_axis(crop_axis *axis, const crop_geometry *g, int32_t size, char *base, size_t *used)
 {
     axis->size = size;
-    axis->stride = weight_stride(g);
+    axis->stride = crop_weight_stride(g);
     axis->first = crop_carve(base, used, (size_t)size * sizeof(int32_t));
     axis->taps = crop_carve(base, used, (size_t)size * sizeof(int32_t));
     axis->pad_weight = crop_carve(base, used, (size_t)size * sizeof(int32_t));

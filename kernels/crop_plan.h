@@ -39,6 +39,9 @@ int crop_down_first(const crop_geometry *across, const crop_geometry *down);
 /* The most taps that an output of either axis can have, padding counted. */
 size_t crop_window_max(const crop_geometry *across, const crop_geometry *down);
 
+/* Weights that each output of an axis has room for. */
+size_t crop_weight_stride(const crop_geometry *g);
+
 /* Cuts the next piece off the scratch; with base NULL it only counts. */
 static inline void *crop_carve(char *base, size_t *used, size_t bytes)
 {

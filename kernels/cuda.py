@@ -379,6 +379,8 @@ def _output(out: Any, size: int, stream: int) -> tuple[int, np.dtype[Any], objec
         pointer, dtype, owner = view.pointer, view.dtype, view.owner
     if dtype not in (np.float32, np.float16):
         raise ValueError(f"out must hold float32 or float16, it holds {dtype}")
+    if pointer <= 0 or pointer % dtype.itemsize != 0:
+        raise ValueError(f"out must lie at a multiple of {dtype.itemsize} bytes, it lies at {pointer:#x}")
     return pointer, dtype, owner
 
 

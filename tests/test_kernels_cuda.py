@@ -247,6 +247,8 @@ OUT = np.zeros((3, 16, 16), np.float32)
         ("out", Shown(OUT.astype(np.float64)), "out must hold float32 or float16, it holds float64"),
         ("out", (OUT.ctypes.data, np.float64), "out must hold float32 or float16, it holds float64"),
         ("out", (OUT.ctypes.data,), r"out must be \(pointer, dtype\), a whole number and a type"),
+        ("out", (0, np.float32), "out must lie at a multiple of 4 bytes, it lies at 0x0"),
+        ("out", (OUT.ctypes.data + 1, np.float16), "multiple of 2 bytes"),
         ("out", ("x", np.float32), r"out must be \(pointer, dtype\)"),
         ("stream", -1, "stream must be a CUDA stream's handle, a whole number from 0 on, got -1"),
         ("stream", None, "stream must be a CUDA stream's handle"),

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py $(wildcard kernels/*.c kernels/*.h)
+SOURCES := pyproject.toml setup.py $(wildcard kernels/*.c kernels/*.cu kernels/*.h)
 
 .PHONY: demo test test-slow lint clean
 

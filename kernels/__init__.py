@@ -14,6 +14,8 @@ The pixels are the same on every processor, and whatever Pillow is installed. Pi
 before version 13 it always resized the width first; the later ones and we begin with the height where that
 loses more than twice as many pixels. It shows in tall crops that are not padded.
 
+`cuda`, to be imported by itself, is `crop_resize` on an NVIDIA GPU, with the same bits.
+
 `stream_sum` has nothing to do with pictures: a benchmark measures with it how fast memory can be read.
 """
 

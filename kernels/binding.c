@@ -208,6 +208,25 @@ static PyObject *resize(PyObject *Py_UNUSED(module), PyObject *args)
     return result;
 }
 
+PyDoc_STRVAR(request_doc,
+             "request(height, width, box, size, fit) -> bytes\n\n"
+             "Checked, as a crop_request without pixels and table: what the library on the GPU is handed.");
+
+static PyObject *checked_request(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    Py_ssize_t height, width;
+    PyObject *box, *size, *fit;
+    if (!PyArg_ParseTuple(args, "nnOOO", &height, &width, &box, &size, &fit))
+        return NULL;
+    if (height < 1 || width < 1 || height > INT32_MAX || width > INT32_MAX)
+        return PyErr_Format(PyExc_ValueError, "a picture's sides must be 1 to %d, they are %zd and %zd",
+                            INT32_MAX, height, width);
+    crop_request request = {.height = (int32_t)height, .width = (int32_t)width};
+    if (!read_box(box, &request) || !read_size(size, &request) || !read_fit(fit, &request))
+        return NULL;
+    return PyBytes_FromStringAndSize((const char *)&request, sizeof request);
+}
+
 PyDoc_STRVAR(available_doc, "available() -> the names of the paths this processor can run, the best first");
 
 static PyObject *available(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
@@ -246,6 +265,7 @@ static PyObject *sum_words(PyObject *Py_UNUSED(module), PyObject *words)
 
 static PyMethodDef methods[] = {
     {"resize", resize, METH_VARARGS, resize_doc},
+    {"request", checked_request, METH_VARARGS, request_doc},
     {"available", available, METH_NOARGS, available_doc},
     {"stream_sum", sum_words, METH_O, stream_sum_doc},
     {NULL, NULL, 0, NULL},

@@ -79,7 +79,7 @@ AVX2 static void vertical(const uint8_t *const *rows, const int32_t *weights, si
     for (size_t at = 0; at < bytes; at += 32) {
         __m256i sums[4];
         for (int i = 0; i < 4; i++)
-            sums[i] = _mm256_set1_epi32(1 << (WEIGHT_BITS - 1));
+            sums[i] = _mm256_set1_epi32(HALF);
         for (size_t t = 0; t < taps; t++) {
             __m256i weight = _mm256_set1_epi32(weights[t]);
             for (int i = 0; i < 4; i++) {

@@ -74,7 +74,7 @@ AVX512 static void vertical(const uint8_t *const *rows, const int32_t *weights, 
     for (size_t at = 0; at < bytes; at += 64) {
         __m512i sums[4];
         for (int i = 0; i < 4; i++)
-            sums[i] = _mm512_set1_epi32(1 << (WEIGHT_BITS - 1));
+            sums[i] = _mm512_set1_epi32(HALF);
         for (size_t t = 0; t < taps; t++) {
             __m512i weight = _mm512_set1_epi32(weights[t]);
             for (int i = 0; i < 4; i++) {

@@ -2,27 +2,14 @@
 #ifndef DUALFOCUS_CROP_ISA_H
 #define DUALFOCUS_CROP_ISA_H
 
-#include "crop.h"
+#include "crop_math.h"
+#include "crop_plan.h"
 
 enum {
-    WEIGHT_BITS = 22, /* Pillow's fixed point: of 32 bits, 8 hold the value, 2 the negative lobes */
-    STRIP = 4,        /* rows that the horizontal pass does at once */
-    BLOCK = 4,        /* taps: the horizontal pass may read on to a block's end, and weighs that with 0 */
-    BLOCK_READ = 16,  /* bytes that reading a block may touch: 12, and 4 beyond it */
-    CHUNK = 64,       /* bytes that the vertical pass does at once */
+    STRIP = 4,       /* rows that the horizontal pass does at once */
+    BLOCK_READ = 16, /* bytes that reading a block may touch: 12, and 4 beyond it */
+    CHUNK = 64,      /* bytes that the vertical pass does at once */
 };
-
-/* The filter along one axis. Output i is pad_weight[i] * pad, plus the sum over t < taps[i] of
- * weights[i * stride + t] * value[first[i] + t], `first` counting from the crop's edge. Weights from taps[i]
- * to stride are 0. `first` never steps back, but for outputs without taps, where it is 0. */
-typedef struct {
-    int32_t size;        /* outputs */
-    size_t stride;       /* a multiple of BLOCK */
-    int32_t *first;      /* (size,) */
-    int32_t *taps;       /* (size,) */
-    int32_t *pad_weight; /* (size,) */
-    int32_t *weights;    /* (size, stride) */
-} crop_axis;
 
 struct crop_isa {
     const char *name;

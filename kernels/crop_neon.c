@@ -58,7 +58,7 @@ static void vertical(const uint8_t *const *rows, const int32_t *weights, size_t 
     for (size_t at = 0; at < bytes; at += 16) {
         int32x4_t sums[4];
         for (int i = 0; i < 4; i++)
-            sums[i] = vdupq_n_s32(1 << (WEIGHT_BITS - 1));
+            sums[i] = vdupq_n_s32(HALF);
         for (size_t t = 0; t < taps; t++) {
             uint8x16_t values = vld1q_u8(rows[t] + at);
             uint16x8_t low = vmovl_u8(vget_low_u8(values)), high = vmovl_high_u8(values);

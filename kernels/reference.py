@@ -67,3 +67,27 @@ def crop_resize(
     values = crop_resize_u8(picture, box, size, fit=fit) / 255
     normalised: npt.NDArray[Any] = (values - np.array(mean)) / np.array(std)
     return normalised.transpose(2, 0, 1).astype(dtype)
+
+
+def nv12_to_rgb(
+    y_plane: npt.NDArray[np.uint8], uv_plane: npt.NDArray[np.uint8], matrix: Literal["bt601", "bt709"]
+) -> npt.NDArray[np.uint8]:
+    """(H, W) and (ceil(H / 2), ceil(W / 2), 2) uint8 in limited range -> (H, W, 3) uint8.
+
+    ITU-R BT.601 or BT.709, its factors rounded to multiples of 2^-16, the result to the nearest, halves up.
+    Every pixel of a square of two by two takes the square's chroma as it is.
+    """
+    red, blue = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722)}[matrix]  # their shares of luma
+    green = 1 - red - blue
+    luma, chroma = 2**16 * 255 / 219, 2**16 * 255 / 224
+    height, width = y_plane.shape
+    u, v = np.moveaxis(uv_plane.repeat(2, 0).repeat(2, 1)[:height, :width].astype(np.int64) - 128, 2, 0)
+    grey = round(luma) * (y_plane.astype(np.int64) - 16)
+    colours = (
+        grey + round(chroma * 2 * (1 - red)) * v,
+        grey
+        - round(chroma * 2 * (1 - blue) * blue / green) * u
+        - round(chroma * 2 * (1 - red) * red / green) * v,
+        grey + round(chroma * 2 * (1 - blue)) * u,
+    )
+    return np.stack([((colour + 2**15) >> 16).clip(0, 255).astype(np.uint8) for colour in colours], axis=2)

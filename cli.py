@@ -138,10 +138,10 @@ def ask(
         for question in questions:
             result = answer(question)
             if as_json:
-                shown = {**result.to_dict(), "bundle": model.manifest.name, "device": model.device}
+                shown = {**result.to_dict(), "bundle": model.manifest.name, "device": str(model.device)}
                 print(json.dumps(shown), flush=True)  # in ASCII, which every stdout can take
             else:
-                _print_result(result, question if len(questions) > 1 else None, model.device)
+                _print_result(result, question if len(questions) > 1 else None, str(model.device))
             if show is not None:
                 from dualfocus.runtime.show import annotate
 

@@ -61,7 +61,7 @@ def to_host(array: Array) -> npt.NDArray[Any]:
 class VisionEncoder(Protocol):
     """Vision tower and projector."""
 
-    def encode(self, pixels: Floats) -> Array:
+    def encode(self, pixels: Array) -> Array:
         """(N, 3, S, S) normalised pixels -> (N, T, D) image tokens, which stay on the encoder's device."""
 
 

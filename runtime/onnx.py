@@ -210,11 +210,11 @@ class DeviceVisionEncoder:
         self._place = place
         self._shape = spec.tokens, hidden
 
-    def encode(self, pixels: Floats) -> Array:
+    def encode(self, pixels: Array) -> Array:
         memory, stream = self._place.device.memory, self._place.stream
         binding = self._session.io_binding()
         with stream or contextlib.nullcontext():
-            seen = memory.asarray(pixels.astype(np.float16))
+            seen = memory.asarray(pixels.astype(np.float16, copy=False))
             features = memory.empty((len(pixels), *self._shape), np.float16)
             _bind(binding.bind_input, "pixel_values", seen, self._place.device)
             _bind(binding.bind_output, "image_features", features, self._place.device)

@@ -9,17 +9,19 @@ import json
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 import pytest
 import tiny
+from fake_tensorrt import imported
 from onnx import TensorProto, helper, numpy_helper
 
 from dualfocus.export.bundle import export_bundle
+from dualfocus.export.errors import ExportError
 from dualfocus.export.operators import CONSUMERS, Consumer, types_of, unsupported
 from dualfocus.runtime.manifest import CacheType, Precision, Target
 
@@ -213,3 +215,33 @@ def test_the_cuda_provider_registers_these_kernels() -> None:
         registered[f"{domain}.{name}" if domain else name] |= types
     for name, types in CONSUMERS["cuda"].types.items():
         assert types <= registered[name] or name in FOLDED, name
+
+
+@pytest.fixture(scope="module")
+def rtx() -> Iterator[Any]:
+    """`export.tensorrt` over TensorRT-RTX itself."""
+    pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for _, export in imported(monkeypatch, None):
+            yield export
+
+
+def is_taken(rtx: Any, graph: Path, timing: Path) -> bool:
+    model = load(graph)
+    rtx.set_capacity(model, 64)
+    profiles = rtx.decoder_profiles(rtx.Reach(rows=2, capacity=64, length=32, wanted=4, pictures=2))
+    try:
+        plan = rtx._Plan(model, graph)
+        plan.configure(rtx.Gpu("any", "8.9"), None, lambda *_: None)
+        return bool(plan.build(profiles if graph.name == "decoder.onnx" else profiles[:1], timing))
+    except ExportError:
+        return False
+
+
+@pytest.mark.parametrize("graph", ["vision.onnx", "decoder.onnx"])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_tensorrt_rtx_takes_what_the_table_says(
+    rtx: Any, graphs: Graphs, form: Form, graph: str, tmp_path: Path
+) -> None:
+    path = graphs(form) / graph
+    assert is_taken(rtx, path, tmp_path / "timing") == (not unsupported(load(path), "tensorrt-rtx"))

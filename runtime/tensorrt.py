@@ -72,8 +72,9 @@ class Note:
 
     @classmethod
     def from_dict(cls, raw: Any) -> Note:
-        """Raises LookupError, TypeError or AttributeError for what is no such note."""
-        return cls(**{**raw, "gpu": Gpu(**raw["gpu"]), "reach": Reach(**raw["reach"])})
+        """Raises LookupError, TypeError or ValueError for what is no such note."""
+        sizes = {name: int(raw["sizes"][name]) for name in (VISION, DECODER)}
+        return cls(**{**raw, "gpu": Gpu(**raw["gpu"]), "reach": Reach(**raw["reach"]), "sizes": sizes})
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; ``from_dict(to_dict(n)) == n``."""
@@ -156,7 +157,7 @@ def _note(path: Path) -> Note:
         return Note.from_dict(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise BundleError(f"{path} has no engines: {REBUILD}") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError):
         raise BundleError(f"{file} is damaged: {REBUILD}") from None
 
 

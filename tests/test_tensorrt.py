@@ -167,6 +167,10 @@ SPOIL: dict[str, tuple[Callable[[Path], object], str]] = {
         "engines.json is damaged",
     ),
     "a note of less": (lambda b: rewrite(b, lambda n: n.pop("reach")), "engines.json is damaged"),
+    "a note of other files": (
+        lambda b: rewrite(b, lambda n: n.update(sizes={"vision.engine": 1})),
+        "engines.json is damaged",
+    ),
     "no engines": (lambda b: shutil.rmtree(b / "engines"), "bundle has no engines"),
 }
 

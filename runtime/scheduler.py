@@ -292,7 +292,7 @@ class FocusRunner:
             sequence.forget_branches()
 
     def _view(self, wanted: Sequence[tuple[_Asked, str]]) -> _Views | None:
-        """What the tower has to see of the images named: of those whose tokens are neither kept nor coming."""
+        """What the tower has to see of the images named: unless their tokens are kept or coming."""
         new: dict[str, _Asked] = {}
         for a, name in wanted:
             kept = self._pool.get(name) if self._savings.images else None
@@ -393,7 +393,7 @@ class FocusRunner:
             extend(self._bundle.decoder, self._cache, self._bundle.embeddings, self._features, call)
 
     def _decode(self, wave: Sequence[_Asked], *, ahead: bool = False) -> Iterator[ReplyToken | Region]:
-        """Go on with all unfinished replies of `wave` until there are none; `ahead`: `_look_ahead` meanwhile."""
+        """Go on with all unfinished replies of `wave` until there are none; `ahead`: see `_look_ahead`."""
         while live := [reply for a in wave for reply in a.replies.values() if not reply.done]:
             together = live if self._savings.batch else live[:1]
             self._compute([reply.go_on() for reply in together])

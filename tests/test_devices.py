@@ -90,7 +90,7 @@ def test_a_device_that_runs_no_such_bundle_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setattr(devices, "problem", lambda _: None)
     with pytest.raises(DeviceError, match=r"cuda:0 does not run a bundle of target onnxruntime, .* cuda$"):
         devices.choose(Device("cuda"), "onnxruntime")
-    with pytest.raises(DeviceError, match="tensorrt-rtx:0 does not run .* --target cuda or tensorrt$"):
+    with pytest.raises(DeviceError, match=r"tensorrt-rtx:0 does not run .* --target cuda or tensorrt$"):
         devices.choose(Device("tensorrt-rtx"), "onnx-standard")
 
 
@@ -144,7 +144,6 @@ def test_the_command_line_says_it_too(built: dict[str, Path]) -> None:
         assert result.stderr.startswith("dualfocus: ")
         assert result.stderr.count("\n") == 1
     if devices.problem(Device("cuda")):
-        bundle = str(built["cuda-fp16"])
         result = run(
             app,
             ["ask", "examples/scene.png", "What?", "--device", "cuda", "--bundle", str(built["cuda-fp16"])],

@@ -28,8 +28,9 @@ from dualfocus.runtime import Bundle, FocusRunner, PlainRunner, devices
 from dualfocus.runtime import onnx as engine
 from dualfocus.runtime.devices import CPU, Device
 from dualfocus.runtime.errors import DeviceError
+from dualfocus.runtime.geometry import Region
 from dualfocus.runtime.manifest import ON_DEVICE
-from dualfocus.runtime.result import FocusResult
+from dualfocus.runtime.result import FocusResult, ReplyToken
 from dualfocus.train import scenes
 
 CHECKPOINT = Path(__file__).parent.parent / "train" / "checkpoint"
@@ -191,7 +192,7 @@ DEVICE_BUNDLES = ["cuda-fp16", "cuda-int4", "tensorrt-fp16", "tensorrt-int4"]
 @pytest.mark.parametrize("name", DEVICE_BUNDLES)
 def test_reuse_and_batches_answer_what_plain_does(built: dict[str, Path], name: str) -> None:
     bundle = Bundle.open(built[name], threads=1)
-    assert bundle.device == "cpu"
+    assert bundle.device == CPU
     assert bundle.manifest.target in ON_DEVICE
     plain = ask(PlainRunner(bundle, free_box=False), 6)
     fast = ask(FocusRunner(bundle), 6)
@@ -275,11 +276,50 @@ def test_a_gpu_answers_as_the_cpu_does(built: dict[str, Path], monkeypatch: pyte
     expected = [*ask(FocusRunner(on_cpu), 6), *ask(PlainRunner(on_cpu), 2)]
     emulated.install(monkeypatch)
     bundle = Bundle.open(built["cuda-fp16"])
-    assert bundle.device == "cuda:0"
+    assert bundle.device == Device("cuda")
     found = [*ask(FocusRunner(bundle), 6), *ask(PlainRunner(bundle), 2)]
     for ours, theirs in zip(found, expected, strict=True):
         assert replace(ours, times_ms={}) == replace(theirs, times_ms={})
         assert ours.counters == theirs.counters
+
+
+def test_a_gpu_encodes_the_crop_while_it_decodes(
+    built: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The region comes as soon as the box is there, before the macro answer's last token."""
+    emulated.install(monkeypatch)
+    runner = FocusRunner(Bundle.open(built["cuda-fp16"]))
+    early = 0
+    for i in range(6):
+        events = list(runner.stream(np.asarray(picture(i, 200 + 31 * i, 260 - 17 * i)), QUESTIONS[i % 3]))
+        regions = [at for at, event in enumerate(events) if isinstance(event, Region)]
+        assert len(regions) == 1
+        macro = [
+            at for at, event in enumerate(events) if isinstance(event, ReplyToken) and event.reply == "macro"
+        ]
+        early += regions[0] < macro[-1]
+        assert events[-1].counters.vision_encodes == 2 if events[-1].crop else 1
+    assert early
+
+
+def test_what_goes_wrong_apart_is_raised_here(
+    built: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulated.install(monkeypatch)
+    bundle = Bundle.open(built["cuda-fp16"])
+    runner = FocusRunner(bundle)
+    expected = ask(runner, 4)
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(FocusRunner, "_encode_apart", fail)
+        runner = FocusRunner(bundle)
+        with pytest.raises(MemoryError):
+            ask(runner, 4)
+    for ours, theirs in zip(ask(runner, 4), expected, strict=True):
+        assert ours.answer == theirs.answer
 
 
 def test_little_is_copied_to_and_from_a_gpu(built: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

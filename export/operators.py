@@ -38,7 +38,7 @@ HALF = "float16"
 CUDA = {
     "Add Div Min Mul Pow Sub Less LessOrEqual": NUMBERS,
     "And": "bool",
-    "ArgMax Attention Conv Erf LayerNormalization MatMul RMSNormalization ReduceLogSumExp": FLOATS,
+    "ArgMax Attention Conv Erf LayerNormalization MatMul RMSNormalization ReduceLogSumExp ReduceMax": FLOATS,
     "RotaryEmbedding Sigmoid SimplifiedLayerNormalization Softmax Sqrt Tanh": FLOATS,
     "Cast Concat ConstantOfShape Expand Gather Reshape Shape Slice Split Squeeze": ALL,
     "TensorScatter Transpose Unsqueeze": ALL,
@@ -53,7 +53,7 @@ CUDA = {
     f"{MICROSOFT}.SkipSimplifiedLayerNormalization": FLOATS,
 }
 TENSORRT = {
-    "Add ArgMax Div Equal Less LessOrEqual Min Mul Pow Range ReduceLogSumExp Sub": NUMBERS,
+    "Add ArgMax Div Equal Less LessOrEqual Min Mul Pow Range ReduceLogSumExp ReduceMax Sub": NUMBERS,
     "And": "bool",
     "Attention": HALF,
     "Cast Concat Constant ConstantOfShape Expand Gather GatherND Reshape Shape Slice Squeeze": ALL,

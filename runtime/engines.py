@@ -37,7 +37,8 @@ class DeviceLogits:
     """
 
     values: Array
-    best: int  # the first of the likeliest tokens
+    best: int  # the likeliest token; of equals the first
+    peak: float  # its logit
     logsumexp: float
 
     def argmax(self) -> int:

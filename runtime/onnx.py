@@ -408,6 +408,7 @@ class DeviceDecoder(OnnxDecoder):
         call.outputs |= {
             "logits": self._memory.empty((batch, wanted, self._spec.vocabulary), np.float32),
             "best": self._memory.empty((batch, wanted), np.int64),
+            "peak": self._memory.empty((batch, wanted), np.float32),
             "logsumexp": self._memory.empty((batch, wanted), np.float32),
         }
         for name, array in call.outputs.items():
@@ -434,10 +435,13 @@ class DeviceDecoder(OnnxDecoder):
             if name in call.copies:
                 _copy_to(call.copies[name], array)
         self._session.run_with_iobinding(call.binding, self._how(call, is_step))
-        best, logsumexp = to_host(call.outputs["best"]), to_host(call.outputs["logsumexp"])
+        best, peak, logsumexp = (to_host(call.outputs[of]) for of in ("best", "peak", "logsumexp"))
         logits = call.outputs["logits"].copy() if is_step else call.outputs["logits"]
         return [
-            [DeviceLogits(logits[row, i], int(best[row, i]), float(logsumexp[row, i])) for i in range(count)]
+            [
+                DeviceLogits(logits[at], int(best[at]), float(peak[at]), float(logsumexp[at]))
+                for at in ((row, i) for i in range(count))
+            ]
             for row, count in zip(rows, wanted, strict=True)
         ]
 

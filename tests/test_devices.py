@@ -250,7 +250,7 @@ def test_nothing_in_a_device_graph_is_float32_but_the_logits(built: dict[str, Pa
             if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
         }
         floats |= {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
-        assert floats <= {"logits", "logsumexp"}
+        assert floats <= {"logits", "peak", "logsumexp"}
 
 
 def test_embeddings_are_in_the_bundle_once(built: dict[str, Path]) -> None:
@@ -308,7 +308,7 @@ def test_what_goes_wrong_apart_is_raised_here(
     emulated.install(monkeypatch)
     bundle = Bundle.open(built["cuda-fp16"])
     runner = FocusRunner(bundle)
-    expected = ask(runner, 4)
+    expected = ask(runner, 6)
 
     def fail(*_: object) -> None:
         raise MemoryError
@@ -317,8 +317,8 @@ def test_what_goes_wrong_apart_is_raised_here(
         broken.setattr(FocusRunner, "_encode_apart", fail)
         runner = FocusRunner(bundle)
         with pytest.raises(MemoryError):
-            ask(runner, 4)
-    for ours, theirs in zip(ask(runner, 4), expected, strict=True):
+            ask(runner, 6)
+    for ours, theirs in zip(ask(runner, 6), expected, strict=True):
         assert ours.answer == theirs.answer
 
 
@@ -335,7 +335,7 @@ def test_little_is_copied_to_and_from_a_gpu(built: dict[str, Path], monkeypatch:
     logits = len(result.macro.generation.tokens) if result.macro else 0
     # an id, a length and a position of 8 bytes each for a token at most; and for a choice two numbers
     assert emulated.copied["to device"] <= 40 * tokens
-    assert emulated.copied["to host"] <= 16 * logits
+    assert emulated.copied["to host"] <= 16 * (logits + 1)
 
 
 def test_steps_that_come_again_are_recorded(built: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,7 +346,7 @@ def test_steps_that_come_again_are_recorded(built: dict[str, Path], monkeypatch:
     ask(runner, 3)
     first = emulated.recorded.index("1")
     assert set(emulated.recorded[:first]) == {"-1"}
-    assert "2" in emulated.recorded[first:]  # of both rows, and of one
+    assert emulated.recorded[first:].count("1") > 10
     assert emulated.recorded.count("-1") > 6  # prompts are not: each is another shape
     count = len(set(emulated.recorded))
     ask(runner, 3)

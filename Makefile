@@ -6,7 +6,7 @@ SOURCES := pyproject.toml setup.py $(wildcard kernels/*.c kernels/*.h)
 
 AARCH64 := build/aarch64
 
-.PHONY: demo test test-slow test-aarch64 wheel-aarch64 clean
+.PHONY: demo test test-slow test-aarch64 wheel-aarch64 jetson clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dualfocus ask examples/scene.png "$$(cat examples/scene.txt)" --show examples/scene.answer.png
@@ -18,17 +18,28 @@ test: $(VENV)/.test
 test-slow: $(VENV)/.test
 	$(BIN)/pytest -m slow
 
-# Needs aarch64-linux-gnu-gcc. Of Python's headers those of this machine do: with the limited API, what they say of
-# sizes holds for 64-bit ARM as it does for x86-64.
+# Elsewhere than on 64-bit ARM it is cross-compiled. Of Python's headers those of this machine do: with the limited
+# API, what they say of sizes holds for 64-bit ARM as it does for x86-64.
+ifneq ($(shell uname -m),aarch64)
+wheel-aarch64: export CC := aarch64-linux-gnu-gcc
+wheel-aarch64: export LDSHARED := aarch64-linux-gnu-gcc -shared
+wheel-aarch64: export _PYTHON_HOST_PLATFORM := linux-aarch64
+endif
 wheel-aarch64: | $(BIN)/python
 	rm -f dist/*-linux_aarch64.whl
-	CC=aarch64-linux-gnu-gcc LDSHARED="aarch64-linux-gnu-gcc -shared" _PYTHON_HOST_PLATFORM=linux-aarch64 \
-	    $(BIN)/pip wheel --quiet --no-deps $(PIP_FLAGS) --wheel-dir dist .
+	$(BIN)/pip wheel --quiet --no-deps $(PIP_FLAGS) --wheel-dir dist .
 
 # The wheel on an emulated 64-bit ARM processor (qemu-user): the kernel's whole test, and the model's answers.
 test-aarch64: $(VENV)/.test wheel-aarch64
 	PYTHON=$(BIN)/python .ci/aarch64 $(AARCH64) dist/*-linux_aarch64.whl
 	$(BIN)/pytest tests/test_aarch64.py
+
+# On a Jetson: deploy/jetson/README.md.
+jetson: wheel-aarch64
+	docker build $(if $(BASE),--build-arg BASE=$(BASE)) --file deploy/jetson/Dockerfile --tag dualfocus-jetson .
+	docker run --rm --runtime nvidia --volume /etc/nv_tegra_release:/etc/nv_tegra_release:ro \
+	    --volume "$(abspath $(MODEL)):/model" --volume "$(CURDIR)/build/jetson:/work" \
+	    dualfocus-jetson /model /work $(PRECISION)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

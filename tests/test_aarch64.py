@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         symlinks=True,
         ignore=shutil.ignore_patterns(".*", "build", "dist", "*.so", "runs"),
     )
-    make = ["make", "--silent", "wheel-aarch64", f"BIN={REPOSITORY / '.venv/bin'}"]
+    make = ["make", "--silent", "wheel-aarch64", f"BIN={Path(sys.executable).parent}"]
     done = subprocess.run(
         [*make, "PIP_FLAGS=--no-build-isolation"], cwd=source, capture_output=True, text=True
     )

@@ -13,7 +13,7 @@ from onnx.external_data_helper import load_external_data_for_model
 from typer.testing import CliRunner, Result
 
 from dualfocus import cli
-from dualfocus.bench import boards, readme
+from dualfocus.bench import boards, harness, readme
 from dualfocus.export import SHAPES, export_bundle
 from dualfocus.runtime.bundle import read_manifest
 from dualfocus.runtime.cache import KVCache
@@ -44,6 +44,14 @@ def test_the_bundle_of_7_b_is_as_large_as_computed() -> None:
     weights = boards.decoder_nbytes(shape, "int4", "CPU") + boards.tower_nbytes(shape, "int4", "CPU")
     embeddings = boards.budget(shape, "int4", "CPU")["embeddings"]
     assert weights + embeddings == pytest.approx(result["bundle_bytes"], rel=0.001)
+
+
+def test_all_of_7_b_on_a_cpu_is_as_much_as_was_measured() -> None:
+    """When a question still touched the whole cache. Embeddings are mapped, so they are no private memory."""
+    result = json.loads((harness.RESULTS / "2026-11-23-export-llava-7b-original-int4.json").read_text())
+    parts = boards.budget(SHAPES["llava-7b"], "int4", "CPU")
+    private = parts["in all"] - parts["embeddings"] - boards.SYSTEM
+    assert private == pytest.approx(result["starts"]["first start"]["rss_anon"], rel=0.05)
 
 
 def test_a_gpu_has_two_bytes_for_all_but_blocks() -> None:

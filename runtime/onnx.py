@@ -304,8 +304,8 @@ class OnnxDecoder:
         counts, lengths = [0] * batch, [0] * batch
         for i, row, chunk, positions in zip(at, rows, new, logits_at, strict=True):
             assert len(chunk), "nothing to append"
-            if longest > 1:  # a step's are all 0, as they were made
-                call.inputs["logits_at"][i, : len(positions)] = positions
+            if longest > 1:  # a step's are as they were made
+                call.inputs["logits_at"][i, : len(positions)] += np.array(positions, np.int64)
             counts[i] = len(chunk)
             lengths[i] = cache.lengths[row] + len(chunk)
         longest_row = max(lengths)
@@ -344,7 +344,7 @@ class OnnxDecoder:
             **self._new_tokens(batch, longest),
             "seqlens_k": np.zeros(batch, np.int32),
             "total_sequence_length": np.zeros((), np.int32),
-            "logits_at": np.zeros((batch, wanted), np.int64),
+            "logits_at": self._first_positions(batch, longest, wanted),
         }
         if self._spec.ragged_append:
             inputs["query_seqlens"] = np.zeros(batch, np.int32)
@@ -361,6 +361,10 @@ class OnnxDecoder:
 
     def _new_tokens(self, batch: int, longest: int) -> dict[str, npt.NDArray[Any]]:
         return {"inputs_embeds": np.zeros((batch, longest, self._spec.hidden), np.float32)}
+
+    def _first_positions(self, batch: int, longest: int, wanted: int) -> npt.NDArray[np.int64]:
+        """(B, K), as `DecoderSpec` counts positions: a row's first one, so that those wanted can be added."""
+        return np.zeros((batch, wanted), np.int64)
 
     def _bind_inputs(self, call: _Call) -> None:
         for name, array in call.inputs.items():
@@ -398,6 +402,9 @@ class DeviceDecoder(OnnxDecoder):
 
     def _new_tokens(self, batch: int, longest: int) -> dict[str, npt.NDArray[Any]]:
         return {"tokens": np.zeros((batch, longest), np.int64)}
+
+    def _first_positions(self, batch: int, longest: int, wanted: int) -> npt.NDArray[np.int64]:
+        return np.repeat(longest * np.arange(batch)[:, None], wanted, axis=1)
 
     def _bind_inputs(self, call: _Call) -> None:
         for name, array in call.inputs.items():

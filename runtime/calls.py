@@ -97,8 +97,8 @@ class GraphDecoder(ABC):
         counts, lengths = [0] * batch, [0] * batch
         for i, row, chunk, positions in zip(at, rows, new, logits_at, strict=True):
             assert len(chunk), "nothing to append"
-            if longest > 1:  # a step's are all 0, as they were made
-                call.inputs["logits_at"][i, : len(positions)] = positions
+            if longest > 1:  # a step's are as they were made
+                call.inputs["logits_at"][i, : len(positions)] += np.array(positions, np.int64)
             counts[i] = len(chunk)
             lengths[i] = cache.lengths[row] + len(chunk)
         longest_row = max(lengths)
@@ -136,7 +136,7 @@ class GraphDecoder(ABC):
         call.inputs |= {
             "seqlens_k": np.zeros(batch, np.int32),
             "total_sequence_length": np.zeros((), np.int32),
-            "logits_at": np.zeros((batch, wanted), np.int64),
+            "logits_at": self._first_positions(batch, longest, wanted),
         }
         if self._spec.ragged_append:
             call.inputs["query_seqlens"] = np.zeros(batch, np.int32)
@@ -160,6 +160,10 @@ class GraphDecoder(ABC):
     @abstractmethod
     def _new_tokens(self, batch: int, longest: int) -> dict[str, npt.NDArray[Any]]:
         """The input that the new tokens are written to."""
+
+    def _first_positions(self, batch: int, longest: int, wanted: int) -> npt.NDArray[np.int64]:
+        """(B, K), as `DecoderSpec` counts positions: a row's first one, so that those wanted can be added."""
+        return np.zeros((batch, wanted), np.int64)
 
     @abstractmethod
     def _bind_inputs(self, call: Call) -> None: ...
@@ -187,6 +191,9 @@ class DeviceDecoder(GraphDecoder):
 
     def _new_tokens(self, batch: int, longest: int) -> dict[str, npt.NDArray[Any]]:
         return {"tokens": np.zeros((batch, longest), np.int64)}
+
+    def _first_positions(self, batch: int, longest: int, wanted: int) -> npt.NDArray[np.int64]:
+        return np.repeat(longest * np.arange(batch)[:, None], wanted, axis=1)
 
     def _bind_inputs(self, call: Call) -> None:
         for name, array in call.inputs.items():

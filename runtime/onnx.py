@@ -134,8 +134,10 @@ class Place:
 def _session(path: Path, options: ort.SessionOptions, place: Place) -> ort.InferenceSession:
     device = place.device
     chosen: dict[str, str] = {}
+    if device.kind == "cuda":  # memory as much as is needed, and no search for the tower's one convolution
+        chosen = {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
     if device.kind != "cpu":
-        chosen = {"device_id": str(device.index), "user_compute_stream": str(place.stream.ptr)}
+        chosen |= {"device_id": str(device.index), "user_compute_stream": str(place.stream.ptr)}
         chosen["enable_cuda_graph"] = str(int(place.replay))
     try:
         if device.kind == "tensorrt-rtx":
@@ -206,7 +208,7 @@ class OnnxDeviceVisionEncoder:
         memory, stream = self._place.device.memory, self._place.stream
         binding = self._session.io_binding()
         with stream or contextlib.nullcontext():
-            seen = memory.asarray(pixels.astype(np.float16, copy=False))
+            seen = memory.asarray(pixels, np.float16)
             features = memory.empty((len(pixels), *self._shape), np.float16)
             _bind(binding.bind_input, "pixel_values", seen, self._place.device)
             _bind(binding.bind_output, "image_features", features, self._place.device)

@@ -99,9 +99,9 @@ class Bundle:
             # The default stream, CuPy's, and the decoder's wait for each other; the tower's runs beside them.
             aside, ordered = chosen.stream(blocking=False), chosen.stream(blocking=True)
             place = onnx.Place(chosen, threading, aside, half=True)
-            vision = onnx.DeviceVisionEncoder(files[0], image, spec.hidden, place)
+            vision = onnx.OnnxDeviceVisionEncoder(files[0], image, spec.hidden, place)
             place = onnx.Place(chosen, threading, ordered, half=True, replay=chosen.kind != "cpu")
-            decoder = onnx.DeviceDecoder(files[1], spec, place)
+            decoder = onnx.OnnxDeviceDecoder(files[1], spec, place)
             embeddings = range(spec.vocabulary)
             if chosen.kind != "cpu" and cuda.available():
                 viewer = partial(view_on_device, image=image, device=chosen, stream=aside)

@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard kernels/*.c kernels/*.cu kernels/*.h)
 
 AARCH64 := build/aarch64
+CUDA := build/cuda
 
-.PHONY: demo test test-slow test-aarch64 wheel-aarch64 jetson clean
+.PHONY: demo test test-slow test-aarch64 wheel-aarch64 test-cuda jetson clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dualfocus ask examples/scene.png "$$(cat examples/scene.txt)" --show examples/scene.answer.png
@@ -33,6 +34,17 @@ wheel-aarch64: | $(BIN)/python
 test-aarch64: $(VENV)/.test wheel-aarch64
 	PYTHON=$(BIN)/python .ci/aarch64 $(AARCH64) dist/*-linux_aarch64.whl
 	$(BIN)/pytest tests/test_aarch64.py
+
+# ONNX Runtime's CUDA provider, over a CUDA that computes nothing: no GPU is needed. Its wheel and the CPU's share a
+# folder, so that it has an environment of its own.
+test-cuda: $(VENV)/.test $(CUDA)/.made
+	$(BIN)/pytest tests/test_cuda_provider.py
+
+$(CUDA)/.made: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m venv --clear $(CUDA)
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"])' | \
+	    xargs $(CUDA)/bin/pip install --quiet --disable-pip-version-check 'onnxruntime-gpu==1.31.*'
+	touch $@
 
 # On a Jetson: deploy/jetson/README.md.
 jetson: wheel-aarch64

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
-import pytest
 
 from dualfocus.runtime import devices, onnx
+
+if TYPE_CHECKING:  # `cuda_provider` runs where there is no pytest
+    import pytest
 
 copied = {"to host": 0, "to device": 0}  # bytes
 recorded: list[str] = []  # the numbers of the CUDA graphs of all calls, in order

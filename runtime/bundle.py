@@ -85,26 +85,36 @@ class Bundle:
         embeddings = _open_embeddings(path, manifest)
         chosen = devices.choose(wanted, manifest.target)
 
-        from dualfocus.runtime import onnx  # not at the top: `inspect` needs no engine
-
-        threading = onnx.Threads(threads, spin)
-        graphs = packed.graphs(path, digest) if chosen.kind == "cpu" else path
-        files = graphs / "vision.onnx", graphs / "decoder.onnx"
         image, spec = manifest.image, manifest.decoder
         vision: VisionEncoder
         decoder: Decoder
-        viewer = None
+        viewer = aside = ordered = None
         if manifest.target in ON_DEVICE:
             chosen.use()
             # The default stream, CuPy's, and the decoder's wait for each other; the tower's runs beside them.
             aside, ordered = chosen.stream(blocking=False), chosen.stream(blocking=True)
+            embeddings = range(spec.vocabulary)
+            if chosen.kind != "cpu" and cuda.available():
+                viewer = partial(view_on_device, image=image, device=chosen, stream=aside)
+        # Libraries are imported here and not at the top: `inspect` needs none, and one of them is enough.
+        if chosen.kind == "tensorrt":
+            from dualfocus.runtime import tensorrt
+
+            engines = tensorrt.load(path, digest, chosen.index)
+            vision = tensorrt.TensorRtVisionEncoder(engines, image, spec.hidden, chosen, aside)
+            decoder = tensorrt.TensorRtDecoder(engines, spec, chosen, ordered)
+            return cls(path, manifest, digest, chosen, vision, decoder, tokenizer, embeddings, viewer)
+
+        from dualfocus.runtime import onnx
+
+        threading = onnx.Threads(threads, spin)
+        graphs = packed.graphs(path, digest) if chosen.kind == "cpu" else path
+        files = graphs / "vision.onnx", graphs / "decoder.onnx"
+        if manifest.target in ON_DEVICE:
             place = onnx.Place(chosen, threading, aside, half=True)
             vision = onnx.OnnxDeviceVisionEncoder(files[0], image, spec.hidden, place)
             place = onnx.Place(chosen, threading, ordered, half=True, replay=chosen.kind != "cpu")
             decoder = onnx.OnnxDeviceDecoder(files[1], spec, place)
-            embeddings = range(spec.vocabulary)
-            if chosen.kind != "cpu" and cuda.available():
-                viewer = partial(view_on_device, image=image, device=chosen, stream=aside)
         else:
             place = onnx.Place(chosen, threading)
             one_by_one = manifest.precision in ("int8", "int4")

@@ -326,7 +326,7 @@ def pack(
             waiting = _Waiting()
             with waiting:
                 waiting.say("packing")
-                folder = packed.pack(bundle, digest)
+                folder = packed.pack(bundle, digest, chosen)
             alone = "this machine and ONNX Runtime alone"
         size = sum(path.stat().st_size for path in folder.iterdir())
         _console().print(_text(f"{folder}: {size / 1e6:.1f} MB, for {alone}"))

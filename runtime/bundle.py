@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -108,12 +108,13 @@ class Bundle:
         from dualfocus.runtime import onnx
 
         threading = onnx.Threads(threads, spin)
-        graphs = packed.graphs(path, digest) if chosen.kind == "cpu" else path
+        graphs = packed.graphs(path, digest, chosen)
         files = graphs / "vision.onnx", graphs / "decoder.onnx"
         if manifest.target in ON_DEVICE:
-            place = onnx.Place(chosen, threading, aside, half=True)
+            cache = graphs / packed.CACHE if graphs != path else None
+            place = onnx.Place(chosen, threading, aside, half=True, cache=cache)
             vision = onnx.OnnxDeviceVisionEncoder(files[0], image, spec.hidden, place)
-            place = onnx.Place(chosen, threading, ordered, half=True, replay=chosen.kind != "cpu")
+            place = replace(place, stream=ordered, replay=chosen.kind != "cpu")
             decoder = onnx.OnnxDeviceDecoder(files[1], spec, place)
         else:
             place = onnx.Place(chosen, threading)

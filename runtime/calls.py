@@ -76,8 +76,8 @@ class GraphDecoder(ABC):
         idle = row - last - 1
         if self._rows is not None and row - first >= self._rows:
             return False
-        if not self._spec.ragged_append:
-            return longest == 1 and not idle
+        if longest > 1 and not self._spec.ragged_append:
+            return False
         room = cache.capacity - longest  # which the padding takes too, of idle rows as well
         return idle * longest <= IDLE_TOKENS and max(cache.lengths[last : row + 1]) <= room
 
@@ -86,7 +86,8 @@ class GraphDecoder(ABC):
     ) -> list[Any]:
         """One call of the graph, over all rows from the first to the last.
 
-        Those not asked for are idle: given no tokens, they pass as empty, and nothing is written to them.
+        Those not asked for are idle. Given no tokens, they pass as empty, and nothing is written to them;
+        without ragged appends they make a step too, behind their ends, where nothing is ever read.
         """
         first, stop = min(rows), max(rows) + 1
         batch, longest, wanted = stop - first, max(map(len, new)), max(map(len, logits_at))
@@ -95,6 +96,8 @@ class GraphDecoder(ABC):
         self._write_tokens(call, at, new)
         # lists, not arrays: while the graph ran, its weights drove NumPy's code out of the processor's caches
         counts, lengths = [0] * batch, [0] * batch
+        if not self._spec.ragged_append:
+            lengths = [cache.lengths[row] + 1 for row in range(first, stop)]
         for i, row, chunk, positions in zip(at, rows, new, logits_at, strict=True):
             assert len(chunk), "nothing to append"
             if longest > 1:  # a step's are as they were made

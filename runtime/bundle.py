@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -48,6 +49,7 @@ class Bundle:
     tokenizer: Tokenizer
     embeddings: Table  # (vocabulary, hidden), memory-mapped
     viewer: Callable[[Seen], Array] | None = None  # what crops on the device, if anything does
+    alone: Lock = field(default_factory=Lock)  # for the device, held by who works there beside the decoder
 
     def view(self, seen: Seen) -> Array:
         """(N, 3, S, S): what the vision tower sees of crops of pictures; on its device, if that can crop."""
@@ -69,11 +71,12 @@ class Bundle:
         threads: int | None = None,
         spin: bool = True,
     ) -> Bundle:
-        """Check the bundle at `path` and open its engines on `device`; on the CPU, packed ones (`packed`).
+        """Check the bundle at `path` and open its engines on `device`; packed ones where they fit (`packed`).
 
         "auto" is the best device that works for the bundle (`devices.choose`). On the CPU, `threads` None
         takes one for each core; with `spin` they wait awake for each other within a call, which is faster
-        unless something else wants their cores. Raises BundleError; DeviceError where the device does not
+        unless something else wants their cores. TensorRT opens what was built for it, and nothing else
+        (`tensorrt`). Raises BundleError; DeviceError where the device does not
         work or is not for the bundle; and EngineError when no ONNX Runtime is installed.
         """
         path = Path(path)
@@ -107,21 +110,21 @@ class Bundle:
 
         from dualfocus.runtime import onnx
 
-        threading = onnx.Threads(threads, spin)
+        threads_used, alone = onnx.Threads(threads, spin), Lock()
         graphs = packed.graphs(path, digest, chosen)
         files = graphs / "vision.onnx", graphs / "decoder.onnx"
         if manifest.target in ON_DEVICE:
             cache = graphs / packed.CACHE if graphs != path else None
-            place = onnx.Place(chosen, threading, aside, half=True, cache=cache)
+            place = onnx.Place(chosen, threads_used, aside, half=True, cache=cache)
             vision = onnx.OnnxDeviceVisionEncoder(files[0], image, spec.hidden, place)
-            place = replace(place, stream=ordered, replay=chosen.kind != "cpu")
+            place = replace(place, stream=ordered, recording=None if chosen.kind == "cpu" else alone)
             decoder = onnx.OnnxDeviceDecoder(files[1], spec, place)
         else:
-            place = onnx.Place(chosen, threading)
+            place = onnx.Place(chosen, threads_used)
             one_by_one = manifest.precision in ("int8", "int4")
             vision = onnx.OnnxVisionEncoder(files[0], image, spec.hidden, place, one_by_one=one_by_one)
             decoder = onnx.OnnxDecoder(files[1], spec, place)
-        return cls(path, manifest, digest, chosen, vision, decoder, tokenizer, embeddings, viewer)
+        return cls(path, manifest, digest, chosen, vision, decoder, tokenizer, embeddings, viewer, alone)
 
 
 def read_manifest(path: Path) -> tuple[Manifest, str]:

@@ -9,6 +9,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -150,7 +151,9 @@ class Place:
     threads: Threads = Threads()
     stream: Any = None  # CuPy's, which everything is queued on
     half: bool = False  # the graphs compute in float16
-    replay: bool = False  # steps that come again and again are recorded and replayed, as CUDA graphs
+    # Steps that come again and again are recorded, and replayed as CUDA graphs. While one is recorded, CUDA
+    # lets no other thread allocate: who works beside the decoder holds this meanwhile.
+    recording: Lock | None = None
     cache: Path | None = None  # a folder of TensorRT-RTX's, for what it compiles at the first start
 
 
@@ -160,7 +163,7 @@ def _session(path: Path, options: ort.SessionOptions, place: Place) -> ort.Infer
     if device.kind == "cuda":  # memory as much as is needed, and no search for the tower's one convolution
         chosen = {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
     if device.kind != "cpu":
-        chosen |= {"device_id": str(device.index), "enable_cuda_graph": str(int(place.replay))}
+        chosen |= {"device_id": str(device.index), "enable_cuda_graph": str(int(place.recording is not None))}
         if place.stream is not None:
             chosen |= {"user_compute_stream": str(place.stream.ptr)}
     if device.kind == "tensorrt-rtx":
@@ -304,15 +307,19 @@ class OnnxDeviceDecoder(_OnSession, DeviceDecoder):
 
     def _execute(self, call: Call) -> None:
         """Steps that come again and again are recorded, and replayed as CUDA graphs."""
-        options = None
-        if self._place.replay:
-            call.times += 1
-            if call.is_step and not call.recording and call.times > RECORDED_AFTER:
-                self._recordings += 1
-                call.recording = self._recordings
-            options = ort.RunOptions()
-            options.add_run_config_entry("gpu_graph_id", str(call.recording or -1))
-        self._session.run_with_iobinding(call.binding, options)
+        recording = self._place.recording
+        if recording is None:
+            self._session.run_with_iobinding(call.binding)
+            return
+        call.times += 1
+        is_new = call.is_step and call.times == RECORDED_AFTER
+        if is_new:
+            self._recordings += 1
+            call.recording = self._recordings
+        options = ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(call.recording or -1))
+        with recording if is_new else contextlib.nullcontext():
+            self._session.run_with_iobinding(call.binding, options)
 
 
 def _open_decoder(path: Path, spec: DecoderSpec, place: Place, tokens: Shapes) -> ort.InferenceSession:

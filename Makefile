@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard kernels/*.c kernels/*.cu kernels/*.h)
 
-.PHONY: demo test test-slow lint clean
+AARCH64 := build/aarch64
+
+.PHONY: demo test test-slow test-aarch64 wheel-aarch64 jetson clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dualfocus ask examples/scene.png "$$(cat examples/scene.txt)" --show examples/scene.answer.png
@@ -15,6 +17,29 @@ test: $(VENV)/.test
 
 test-slow: $(VENV)/.test
 	$(BIN)/pytest -m slow
+
+# Elsewhere than on 64-bit ARM it is cross-compiled. Of Python's headers those of this machine do: with the limited
+# API, what they say of sizes holds for 64-bit ARM as it does for x86-64.
+ifneq ($(shell uname -m),aarch64)
+wheel-aarch64: export CC := aarch64-linux-gnu-gcc
+wheel-aarch64: export LDSHARED := aarch64-linux-gnu-gcc -shared
+wheel-aarch64: export _PYTHON_HOST_PLATFORM := linux-aarch64
+endif
+wheel-aarch64: | $(BIN)/python
+	rm -f dist/*-linux_aarch64.whl
+	$(BIN)/pip wheel --quiet --no-deps $(PIP_FLAGS) --wheel-dir dist .
+
+# The wheel on an emulated 64-bit ARM processor (qemu-user): the kernel's whole test, and the model's answers.
+test-aarch64: $(VENV)/.test wheel-aarch64
+	PYTHON=$(BIN)/python .ci/aarch64 $(AARCH64) dist/*-linux_aarch64.whl
+	$(BIN)/pytest tests/test_aarch64.py
+
+# On a Jetson: deploy/jetson/README.md.
+jetson: wheel-aarch64
+	docker build $(if $(BASE),--build-arg BASE=$(BASE)) --file deploy/jetson/Dockerfile --tag dualfocus-jetson .
+	docker run --rm --runtime nvidia --volume /etc/nv_tegra_release:/etc/nv_tegra_release:ro \
+	    --volume "$(abspath $(MODEL)):/model" --volume "$(CURDIR)/build/jetson:/work" \
+	    dualfocus-jetson /model /work $(PRECISION)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -29,4 +54,4 @@ $(VENV)/.test: $(SOURCES) | $(VENV)/bin/python
 	touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) build *.egg-info src/*.egg-info
+	rm -rf $(VENV) build dist *.egg-info src/*.egg-info

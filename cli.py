@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from dualfocus.bench.harness import Watch
+    from dualfocus.export import Shape
     from dualfocus.runtime import FocusResult
     from dualfocus.runtime.geometry import Box
     from dualfocus.runtime.manifest import Manifest
@@ -138,10 +139,10 @@ def ask(
         for question in questions:
             result = answer(question)
             if as_json:
-                shown = {**result.to_dict(), "bundle": model.manifest.name, "device": model.device}
+                shown = {**result.to_dict(), "bundle": model.manifest.name, "device": str(model.device)}
                 print(json.dumps(shown), flush=True)  # in ASCII, which every stdout can take
             else:
-                _print_result(result, question if len(questions) > 1 else None, model.device)
+                _print_result(result, question if len(questions) > 1 else None, str(model.device))
             if show is not None:
                 from dualfocus.runtime.show import annotate
 
@@ -231,19 +232,28 @@ def export(
 
 @app.command()
 def inspect(
-    bundle: Annotated[Path | None, typer.Argument(metavar="BUNDLE", help="Folder of a bundle.")] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="BUNDLE", help="Folder of a bundle; with --budget also a shape's name, such as llava-7b."
+        ),
+    ] = None,
     devices: Annotated[
         bool, typer.Option("--devices", help="Say what this machine can run models on, and what it lacks.")
     ] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Compare every file's SHA-256.")] = False,
     budget: Annotated[
         bool,
-        typer.Option("--budget", help="Open it, and measure that time and its private memory."),
+        typer.Option(
+            "--budget",
+            help="Open it, and measure that time and its private memory; of a shape, compute what it takes.",
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Say what a bundle is, or what this machine has."""
     with _errors():
+        from dualfocus.export import SHAPES
         from dualfocus.runtime import bundle as bundles
         from dualfocus.runtime import packed
         from dualfocus.runtime.errors import InputError
@@ -253,6 +263,9 @@ def inspect(
             return
         if bundle is None:
             raise InputError("nothing to inspect was given, expected a BUNDLE or --devices")
+        if str(bundle) in SHAPES and not bundle.exists():
+            _inspect_shape(SHAPES[str(bundle)], verify=verify, budget=budget, as_json=as_json)
+            return
         manifest, digest = bundles.read_manifest(bundle)
         if verify:
             bundles.verify(bundle, manifest)
@@ -268,6 +281,20 @@ def inspect(
         else:
             is_packed = packed.graphs(bundle, digest) != bundle
             _print_manifest(manifest, parts, opening, verified=verify, is_packed=is_packed)
+
+
+def _inspect_shape(shape: Shape, *, verify: bool, budget: bool, as_json: bool) -> None:
+    from dualfocus.runtime.errors import InputError
+
+    if verify or not budget:
+        raise InputError(f"{shape.name} is a shape, of which --budget alone can be told; expected a bundle")
+    try:
+        from dualfocus.bench import boards
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"--budget of a shape needs {error.name}: pip install 'dualfocus[export,cpu]'"
+        ) from None
+    _report(boards.report(shape), boards.show, as_json=as_json, save=False)
 
 
 @app.command()

@@ -23,6 +23,7 @@ FOLDER = "src/dualfocus/kernels"
 
 CUDA_HOME = os.environ.get("CUDA_HOME", "/usr/local/cuda")
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin"))
+IS_CROSS = "_PYTHON_HOST_PLATFORM" in os.environ  # for another processor than nvcc's host compiler is for
 # machine code for Orin, Hopper and Thor, as far as nvcc knows them; for others the driver compiles compute_80
 GPUS = ["87", "90", "110"]
 
@@ -67,7 +68,7 @@ extensions = [
         py_limited_api=True,
     )
 ]
-if NVCC:
+if NVCC and not IS_CROSS:
     extensions.append(
         Extension(
             "dualfocus.kernels._crop_cuda",

@@ -3,7 +3,8 @@
 RAPL counts microjoules, for every processor package and mostly for the memory; its counters wrap around,
 and on many systems only root may read them. A Jetson's INA3221 tells each rail's volts and amperes, or its
 milliwatts; they are added up over time. Where a rail is the whole board's, it alone counts, for it includes
-the others.
+the others: VDD_IN of Orin Nano and NX, and the INA238 at Thor's input, which tells microwatts. AGX Orin has
+none, so its rails are summed; that leaves out the carrier board.
 
 All of the machine is measured, not this process: a figure means something where nothing else runs.
 """
@@ -18,7 +19,9 @@ from pathlib import Path
 
 SYSTEM = Path("/sys")
 INTERVAL = 0.05  # seconds between looks; RAPL's counters take minutes to wrap, rails change within a question
-BOARD = ("VDD_IN", "POM_5V_IN")  # rails that feed all others
+INPUT = "VIN"  # what NVIDIA's tools call the rail of Thor's INA238, which has no label of its own
+BOARD = (INPUT, "VDD_IN", "POM_5V_IN")  # rails that feed all others
+UNUSED = "NC"  # the label of channels that are not connected
 
 
 @dataclass(frozen=True)
@@ -109,13 +112,17 @@ def _rails(root: Path) -> list[Rail]:
             number = volts.name.removeprefix("in").removesuffix("_input")
             amperes = volts.with_name(f"curr{number}_input")
             label = _text(volts.with_name(f"in{number}_label"))
-            if label is not None and _text(amperes) is not None and _text(volts) is not None:
+            readable = _text(amperes) is not None and _text(volts) is not None
+            if label is not None and label != UNUSED and readable:
                 found.append(Rail(label, _product(volts, amperes)))
         for power in sorted(device.glob("iio:device*/in_power*_input")):
             number = power.name.removeprefix("in_power").removesuffix("_input")
             label = _text(power.with_name(f"rail_name_{number}"))
             if label is not None and _text(power) is not None:
-                found.append(Rail(label, _milliwatts(power)))
+                found.append(Rail(label, _scaled(power, 1e-3)))
+    for power in sorted((root / "bus/i2c/drivers/ina238").glob("*/hwmon/hwmon*/power1_input")):
+        if _text(power) is not None:
+            found.append(Rail(INPUT, _scaled(power, 1e-6)))
     return [rail for rail in found if rail.label in BOARD] or found
 
 
@@ -123,8 +130,8 @@ def _product(volts: Path, amperes: Path) -> Callable[[], float]:
     return lambda: int(volts.read_text()) * int(amperes.read_text()) / 1e6  # millivolts, milliamperes
 
 
-def _milliwatts(power: Path) -> Callable[[], float]:
-    return lambda: int(power.read_text()) / 1e3
+def _scaled(power: Path, unit: float) -> Callable[[], float]:
+    return lambda: int(power.read_text()) * unit
 
 
 def _text(path: Path) -> str | None:

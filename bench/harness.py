@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 2  # of the JSON objects
 RESULTS = Path(__file__).parent / "results"
+CPUINFO, BOARD = Path("/proc/cpuinfo"), Path("/sys/firmware/devicetree/base/model")
 PACKAGES = (
     "dualfocus", "onnxruntime", "onnxruntime-gpu", "tokenizers", "numpy", "pillow",
     "opencv-python", "opencv-python-headless", "torchvision", "torch", "transformers", "llama-cpp-python",
@@ -196,12 +197,16 @@ def _commit() -> str | None:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
+    """Its name; the board's where processors have none, as on a Jetson."""
+    for path, before in ((CPUINFO, "model name"), (BOARD, "")):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            if line.startswith(before):
+                return line.removeprefix(before).strip(" \t:\0")
+    return platform.processor() or "unknown"
 
 
 def _governor() -> str | None:

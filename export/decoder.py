@@ -202,8 +202,10 @@ class DecoderGraphs:
         if self._half:
             logits = graph.add("Cast", [out], "logits", to=TensorProto.FLOAT)
             graph.add("ArgMax", [logits], "best", axis=-1, keepdims=0)
+            graph.add("ReduceMax", [logits, _ints(graph, -1)], "peak", keepdims=0)
             graph.add("ReduceLogSumExp", [logits, _ints(graph, -1)], "logsumexp", keepdims=0)
             graph.output("best", TensorProto.INT64, shape)
+            graph.output("peak", TensorProto.FLOAT, shape)
             graph.output("logsumexp", TensorProto.FLOAT, shape)
         return graph.model()
 

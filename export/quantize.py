@@ -178,7 +178,7 @@ def _signed_dequantized(
     if form.bits == 8:
         stored = graph.weight(f"{name}.int8", integers)
     else:
-        packed = _packed(integers.reshape(-1).view(np.uint8) & 0xF, 4)
+        packed = _packed((integers.reshape(-1) & 0xF).astype(np.uint8), 4)
         stored = graph.half_bytes(f"{name}.int4", packed, integers.shape, TensorProto.INT4)
     inputs = [stored, graph.weight(f"{name}.scale", scales)]
     return graph.add("DequantizeLinear", inputs, f"{name}.float16", axis=0, block_size=form.block)

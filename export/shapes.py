@@ -94,6 +94,27 @@ SHAPES = {
             vocabulary=32_000,
             context=4096,
         ),
+        Shape(
+            name="llava-13b",
+            # the same tower
+            image=336,
+            patch=14,
+            tower_layers=24,
+            tower_width=1024,
+            tower_heads=16,
+            tower_mlp=4096,
+            feature_layer=-2,
+            feature_strategy="default",
+            # Vicuna-13B v1.5
+            layers=40,
+            hidden=5120,
+            heads=40,
+            kv_heads=40,
+            head_size=128,
+            mlp=13_824,
+            vocabulary=32_000,
+            context=4096,
+        ),
     ]
 }
 

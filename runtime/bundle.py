@@ -9,20 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from dualfocus.kernels import cuda
 from dualfocus.runtime import devices, packed
-from dualfocus.runtime.engines import Decoder, VisionEncoder
+from dualfocus.runtime.devices import Device
+from dualfocus.runtime.engines import Array, Decoder, VisionEncoder
 from dualfocus.runtime.errors import BundleError
+from dualfocus.runtime.geometry import Crop
 from dualfocus.runtime.grammar import BoxGrammar
+from dualfocus.runtime.image import Picture, view, view_on_device
 from dualfocus.runtime.manifest import ON_DEVICE, Manifest
 from dualfocus.runtime.sequence import Table
+
+Seen = Sequence[tuple[Picture, Crop]]
 
 BUILT_IN = Path(__file__).parent.parent / "models" / "nano"
 HASHED_BYTES = 64_000_000
@@ -36,12 +42,18 @@ class Bundle:
     path: Path
     manifest: Manifest
     digest: str  # SHA-256 of manifest.json, which names every file's: what identifies the model
-    device: str
+    device: Device
     vision: VisionEncoder
     decoder: Decoder
     tokenizer: Tokenizer
     embeddings: Table  # (vocabulary, hidden), memory-mapped
-    memory: Any = np  # the module whose arrays lie on `device`: NumPy, or CuPy
+    viewer: Callable[[Seen], Array] | None = None  # what crops on the device, if anything does
+
+    def view(self, seen: Seen) -> Array:
+        """(N, 3, S, S): what the vision tower sees of crops of pictures; on its device, if that can crop."""
+        if self.viewer is not None:
+            return self.viewer(seen)
+        return np.concatenate([view(picture, crop, self.manifest.image) for picture, crop in seen])
 
     @cached_property
     def grammar(self) -> BoxGrammar | None:
@@ -81,22 +93,24 @@ class Bundle:
         image, spec = manifest.image, manifest.decoder
         vision: VisionEncoder
         decoder: Decoder
+        viewer = None
         if manifest.target in ON_DEVICE:
+            chosen.use()
             # The default stream, CuPy's, and the decoder's wait for each other; the tower's runs beside them.
-            streams = [chosen.stream(blocking=False), chosen.stream(blocking=True)]
-            places = [onnx.Place(chosen, threading, stream, half=True) for stream in streams]
-            places[1] = replace(places[1], replay=chosen.kind != "cpu")
-            vision = onnx.DeviceVisionEncoder(files[0], image, spec.hidden, places[0])
-            decoder = onnx.DeviceDecoder(files[1], spec, places[1])
-            return cls(
-                path, manifest, digest, str(chosen), vision, decoder, tokenizer,
-                range(spec.vocabulary), chosen.memory,
-            )  # fmt: skip
-        place = onnx.Place(chosen, threading)
-        one_by_one = manifest.precision in ("int8", "int4")
-        vision = onnx.OnnxVisionEncoder(files[0], image, spec.hidden, place, one_by_one=one_by_one)
-        decoder = onnx.OnnxDecoder(files[1], spec, place)
-        return cls(path, manifest, digest, str(chosen), vision, decoder, tokenizer, embeddings)
+            aside, ordered = chosen.stream(blocking=False), chosen.stream(blocking=True)
+            place = onnx.Place(chosen, threading, aside, half=True)
+            vision = onnx.DeviceVisionEncoder(files[0], image, spec.hidden, place)
+            place = onnx.Place(chosen, threading, ordered, half=True, replay=chosen.kind != "cpu")
+            decoder = onnx.DeviceDecoder(files[1], spec, place)
+            embeddings = range(spec.vocabulary)
+            if chosen.kind != "cpu" and cuda.available():
+                viewer = partial(view_on_device, image=image, device=chosen, stream=aside)
+        else:
+            place = onnx.Place(chosen, threading)
+            one_by_one = manifest.precision in ("int8", "int4")
+            vision = onnx.OnnxVisionEncoder(files[0], image, spec.hidden, place, one_by_one=one_by_one)
+            decoder = onnx.OnnxDecoder(files[1], spec, place)
+        return cls(path, manifest, digest, chosen, vision, decoder, tokenizer, embeddings, viewer)
 
 
 def read_manifest(path: Path) -> tuple[Manifest, str]:

@@ -50,12 +50,16 @@ class Device:
         module: ModuleType = cupy
         return module
 
+    def use(self) -> None:
+        """Have this thread's arrays lie on the device; until then, they lie on the first GPU."""
+        if self.kind != "cpu":
+            self.memory.cuda.Device(self.index).use()
+
     def stream(self, *, blocking: bool) -> Any:
         """A new stream; if `blocking`, it and the default stream wait for each other. The CPU has none."""
         if self.kind == "cpu":
             return None
-        with self.memory.cuda.Device(self.index):
-            return self.memory.cuda.Stream(non_blocking=not blocking)
+        return self.memory.cuda.Stream(non_blocking=not blocking)
 
 
 CPU = Device("cpu")

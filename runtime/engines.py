@@ -37,7 +37,8 @@ class DeviceLogits:
     """
 
     values: Array
-    best: int  # the first of the likeliest tokens
+    best: int  # the likeliest token; of equals the first
+    peak: float  # its logit
     logsumexp: float
 
     def argmax(self) -> int:
@@ -61,7 +62,7 @@ def to_host(array: Array) -> npt.NDArray[Any]:
 class VisionEncoder(Protocol):
     """Vision tower and projector."""
 
-    def encode(self, pixels: Floats) -> Array:
+    def encode(self, pixels: Array) -> Array:
         """(N, 3, S, S) normalised pixels -> (N, T, D) image tokens, which stay on the encoder's device."""
 
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from dualfocus.kernels import crop_resize
+from dualfocus.kernels import crop_resize, cuda
+from dualfocus.runtime.devices import Device
+from dualfocus.runtime.engines import Array
 from dualfocus.runtime.errors import PictureError
 from dualfocus.runtime.geometry import Crop
 from dualfocus.runtime.manifest import ImageSpec
@@ -38,6 +42,23 @@ def view(picture: Picture, crop: Crop, image: ImageSpec) -> npt.NDArray[np.float
     pixels = crop_resize(picture, crop, image.size, fit=fit, mean=image.mean, std=image.std)
     seen: npt.NDArray[np.float32] = pixels[None]
     return seen
+
+
+def view_on_device(
+    seen: Sequence[tuple[Picture, Crop]], image: ImageSpec, device: Device, stream: Any
+) -> Array:
+    """`view` of several crops, (N, 3, S, S) float16 on a GPU: only a crop's own pixels are uploaded.
+
+    What `stream`, CuPy's, is given next finds them there.
+    """
+    fit = image.pad_colour if image.fit == "pad" else image.fit
+    with stream:
+        views = device.memory.empty((len(seen), 3, image.size, image.size), np.float16)
+    for out, (picture, crop) in zip(views, seen, strict=True):
+        cuda.crop_resize(
+            picture, crop, image.size, fit=fit, mean=image.mean, std=image.std, out=out, stream=stream.ptr
+        )
+    return views
 
 
 def open_picture(source: PictureSource, name: str = "the picture") -> Picture:

@@ -81,8 +81,8 @@ class DecoderSpec:
 
     For a GPU (`ON_DEVICE`), nothing but token ids goes in or out. In place of ``inputs_embeds`` there are
     ``tokens`` (B, S) i64 and ``images`` (I, hidden) f16: a token of `vocabulary` + i is row i of the images.
-    Beside the logits there are ``best`` (B, K) i64, the likeliest tokens, and ``logsumexp`` (B, K) f32, of
-    each position's logits.
+    Beside the logits there are, of each position, ``best`` (B, K) i64, the likeliest token, ``peak`` (B, K)
+    f32, its logit, and ``logsumexp`` (B, K) f32.
     """
 
     layers: int

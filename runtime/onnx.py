@@ -210,11 +210,11 @@ class DeviceVisionEncoder:
         self._place = place
         self._shape = spec.tokens, hidden
 
-    def encode(self, pixels: Floats) -> Array:
+    def encode(self, pixels: Array) -> Array:
         memory, stream = self._place.device.memory, self._place.stream
         binding = self._session.io_binding()
         with stream or contextlib.nullcontext():
-            seen = memory.asarray(pixels.astype(np.float16))
+            seen = memory.asarray(pixels.astype(np.float16, copy=False))
             features = memory.empty((len(pixels), *self._shape), np.float16)
             _bind(binding.bind_input, "pixel_values", seen, self._place.device)
             _bind(binding.bind_output, "image_features", features, self._place.device)
@@ -408,6 +408,7 @@ class DeviceDecoder(OnnxDecoder):
         call.outputs |= {
             "logits": self._memory.empty((batch, wanted, self._spec.vocabulary), np.float32),
             "best": self._memory.empty((batch, wanted), np.int64),
+            "peak": self._memory.empty((batch, wanted), np.float32),
             "logsumexp": self._memory.empty((batch, wanted), np.float32),
         }
         for name, array in call.outputs.items():
@@ -434,10 +435,13 @@ class DeviceDecoder(OnnxDecoder):
             if name in call.copies:
                 _copy_to(call.copies[name], array)
         self._session.run_with_iobinding(call.binding, self._how(call, is_step))
-        best, logsumexp = to_host(call.outputs["best"]), to_host(call.outputs["logsumexp"])
+        best, peak, logsumexp = (to_host(call.outputs[of]) for of in ("best", "peak", "logsumexp"))
         logits = call.outputs["logits"].copy() if is_step else call.outputs["logits"]
         return [
-            [DeviceLogits(logits[row, i], int(best[row, i]), float(logsumexp[row, i])) for i in range(count)]
+            [
+                DeviceLogits(logits[at], int(best[at]), float(peak[at]), float(logsumexp[at]))
+                for at in ((row, i) for i in range(count))
+            ]
             for row, count in zip(rows, wanted, strict=True)
         ]
 

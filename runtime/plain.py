@@ -11,15 +11,13 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
-
 from dualfocus.runtime.bundle import Bundle
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.engines import Logits
 from dualfocus.runtime.errors import QuestionError
 from dualfocus.runtime.geometry import Crop, Region, find_region
 from dualfocus.runtime.grammar import BoxCursor
-from dualfocus.runtime.image import Picture, view, whole
+from dualfocus.runtime.image import Picture, whole
 from dualfocus.runtime.manifest import SelectRule
 from dualfocus.runtime.result import Answer, Counters, FocusResult, Generation, Mode, StageClock
 from dualfocus.runtime.selection import loss
@@ -146,11 +144,11 @@ class _Model:
         bundle, spec = self._bundle, self._bundle.manifest.decoder
         # in the order shown, not a set's: another place in the batch may round otherwise
         seen = dict.fromkeys(token.image for token in prompt.tokens if not isinstance(token, int))
-        pixels = [view(self._picture, crops[name], bundle.manifest.image) for name in seen]
-        features = dict(zip(seen, bundle.vision.encode(np.concatenate(pixels)), strict=True))
+        pixels = bundle.view([(self._picture, crops[name]) for name in seen])
+        features = dict(zip(seen, bundle.vision.encode(pixels), strict=True))
         self._counters.vision_encodes += len(seen)
         self._counters.tokens_prefilled += len(prompt.tokens)
-        cache = KVCache(spec, 1, spec.context, bundle.memory)
+        cache = KVCache(spec, 1, spec.context, bundle.device.memory)
         embeddings = embed(prompt.tokens, bundle.embeddings, features)
         (logits,) = bundle.decoder.extend(cache, [0], [embeddings], [logits_at])
         return cache, logits

@@ -10,18 +10,16 @@ whichever way it came there: that is `sequence`. Several questions at once are m
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import get_args
-
-import numpy as np
-import numpy.typing as npt
 
 from dualfocus.runtime.bundle import Bundle
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.engines import Array
 from dualfocus.runtime.errors import QuestionError
 from dualfocus.runtime.geometry import Crop, Region, find_region
-from dualfocus.runtime.image import Picture, view, whole
+from dualfocus.runtime.image import Picture, whole
 from dualfocus.runtime.manifest import SelectRule
 from dualfocus.runtime.pool import EncodedImage, ImagePool, image_name
 from dualfocus.runtime.reply import Reply
@@ -75,6 +73,7 @@ class _Asked:
     region: Region = field(default_factory=Region)
     losses: tuple[float | None, float | None] = None, None  # of the macro and the micro answer
     skipped: bool = False
+    looked: bool = False  # the region was looked for
     focus: CachedSequence = field(init=False)  # its rows: for locate, micro and a candidate,
     other: CachedSequence = field(init=False)  # and for macro and the other candidate
 
@@ -101,12 +100,11 @@ class _Asked:
 
 
 @dataclass(frozen=True)
-class _View:
-    """An image as the tower sees it: (1, 3, S, S) `pixels`, and the question it is encoded for."""
+class _Views:
+    """Images as the tower sees them: (N, 3, S, S) `pixels`, and by their names the questions they are for."""
 
-    asked: _Asked
-    name: str
-    pixels: npt.NDArray[np.float32]
+    pixels: Array
+    asked: dict[str, _Asked]
 
 
 class FocusRunner:
@@ -145,11 +143,15 @@ class FocusRunner:
         self._savings = savings
         self._batch = batch
         self._grammar = None if free_box else bundle.grammar
-        self._cache = KVCache(spec, 2 * batch, spec.context, bundle.memory)
+        self._cache = KVCache(spec, 2 * batch, spec.context, bundle.device.memory)
         self._reset_rows()
         self._pool = ImagePool(cache_mb * 1_000_000 if savings.pool else 0)
         self._features: dict[str, Array] = {}  # by name, (T, D) each: the images of what is being asked
         self._waves = 0  # how often something was asked
+        # a GPU encodes a crop while it still decodes; a processor's cores are all at work
+        self._runs_ahead = savings.images and bundle.device.kind != "cpu"
+        self._worker = ThreadPoolExecutor(1)
+        self._ahead: dict[str, tuple[_Asked, Future[Array]]] = {}  # by name: crops that are being encoded
 
     def ask(
         self, picture: Picture, question: str, mode: Mode = "dual", *, box_reply: str | None = None
@@ -230,7 +232,7 @@ class FocusRunner:
         yield enter("hash")
         self._open(wave)
         yield enter("view_whole")
-        seen = self._view([(a, a.whole) for a in wave]) if self._savings.images else []
+        seen = self._view([(a, a.whole) for a in wave]) if self._savings.images else None
         yield enter("encode_whole")
         self._encode(seen)
         # behind a gate, a region is looked for once the macro answer turned out to be unsure
@@ -244,17 +246,19 @@ class FocusRunner:
                 if "locate" in names and a.mode != "macro" and not a.skipped and a.box_reply is None:
                     yield from self._begin(a, "locate", a.turns.locate(a.whole))
             yield enter("decode")
-            yield from self._decode(wave)
+            yield from self._decode(wave, ahead=self._runs_ahead and not gated)
             if gated:
                 for a in wave:
                     a.skipped = a.mode == "dual" and self._is_sure(a)
         if curious := [a for a in wave if a.mode != "macro" and not a.skipped]:
             yield enter("view_crop")
             for a in curious:
-                yield self._find_region(a)
+                if not a.looked:
+                    yield self._find_region(a)
         if zoomed := [a for a in wave if a.crop]:
-            seen = self._view([(a, a.crop) for a in zoomed]) if self._savings.images else []
+            seen = self._view([(a, a.crop) for a in zoomed]) if self._savings.images else None
             yield enter("encode_crop")
+            self._await_ahead()
             self._encode(seen)
             yield enter("micro_prefill")
             for a in zoomed:
@@ -281,32 +285,57 @@ class FocusRunner:
             a.crops[a.whole] = whole(a.picture)
             a.focus, a.other = focus, other
         self._features.clear()
+        self._ahead.clear()
         for sequence in self._rows:
             if not self._savings.pool:
                 sequence.cut(0)
             sequence.forget_branches()
 
-    def _view(self, wanted: Sequence[tuple[_Asked, str]]) -> list[_View]:
-        """What the tower has to see of the images named: of those whose tokens are not kept."""
+    def _view(self, wanted: Sequence[tuple[_Asked, str]]) -> _Views | None:
+        """What the tower has to see of the images named: unless their tokens are kept or coming."""
         new: dict[str, _Asked] = {}
         for a, name in wanted:
             kept = self._pool.get(name) if self._savings.images else None
             if kept is not None:
                 self._features[name] = kept.features
-            elif name not in self._features:
+            elif name not in self._features and name not in self._ahead:
                 new.setdefault(name, a)
-        image = self._bundle.manifest.image
-        return [_View(a, name, view(a.picture, a.crops[name], image)) for name, a in new.items()]
+        if not new:
+            return None
+        return _Views(self._bundle.view([(a.picture, a.crops[name]) for name, a in new.items()]), new)
 
-    def _encode(self, seen: Sequence[_View]) -> None:
+    def _encode(self, seen: _Views | None) -> None:
         """Put the tokens of what is seen into `_features`, all of it encoded at once."""
-        if not seen:
-            return
-        pixels = np.concatenate([of.pixels for of in seen])
-        for of, features in zip(seen, self._bundle.vision.encode(pixels), strict=True):
-            self._features[of.name] = features.copy()  # not the batch, which a view would keep alive
-            self._pool.put(of.name, EncodedImage(self._features[of.name]))
-            of.asked.counters.vision_encodes += 1
+        if seen is not None:
+            encoded = self._bundle.vision.encode(seen.pixels)
+            for (name, a), features in zip(seen.asked.items(), encoded, strict=True):
+                # a copy, for a view would keep the batch alive
+                self._encoded(a, name, features.copy())
+
+    def _encoded(self, a: _Asked, name: str, features: Array) -> None:
+        self._features[name] = features
+        self._pool.put(name, EncodedImage(features))
+        a.counters.vision_encodes += 1
+
+    def _look_ahead(self, wave: Sequence[_Asked]) -> Iterator[Region]:
+        """Begin to encode the crops of questions whose box is there, while their macro answers are not."""
+        for a in wave:
+            located, macro = a.replies.get("locate"), a.replies.get("macro")
+            if a.looked or not (located and located.done) or not macro or macro.done:
+                continue
+            yield self._find_region(a)
+            if a.crop and a.crop not in self._ahead and self._pool.get(a.crop) is None:
+                self._ahead[a.crop] = a, self._worker.submit(self._encode_apart, a.picture, a.crops[a.crop])
+
+    def _encode_apart(self, picture: Picture, crop: Crop) -> Array:
+        """(T, D), computed by another thread."""
+        self._bundle.device.use()
+        return self._bundle.vision.encode(self._bundle.view([(picture, crop)]))[0]
+
+    def _await_ahead(self) -> None:
+        while self._ahead:
+            name, (a, coming) = self._ahead.popitem()
+            self._encoded(a, name, coming.result())
 
     def _begin(self, a: _Asked, name: ReplyName, prompt: Prompt) -> Iterator[ReplyToken]:
         """Prefill a reply's prompt, and what is expected of the reply; choose its first tokens."""
@@ -363,8 +392,8 @@ class FocusRunner:
         for call in filter(None, calls):
             extend(self._bundle.decoder, self._cache, self._bundle.embeddings, self._features, call)
 
-    def _decode(self, wave: Sequence[_Asked]) -> Iterator[ReplyToken]:
-        """Go on with all unfinished replies of `wave` until there are none."""
+    def _decode(self, wave: Sequence[_Asked], *, ahead: bool = False) -> Iterator[ReplyToken | Region]:
+        """Go on with all unfinished replies of `wave` until there are none; `ahead`: see `_look_ahead`."""
         while live := [reply for a in wave for reply in a.replies.values() if not reply.done]:
             together = live if self._savings.batch else live[:1]
             self._compute([reply.go_on() for reply in together])
@@ -374,6 +403,8 @@ class FocusRunner:
                 a.counters.decode_steps += rows > 0
             for reply in together:
                 yield from reply.choose()
+            if ahead:
+                yield from self._look_ahead(wave)
 
     def _is_sure(self, a: _Asked) -> bool:
         macro = a.said("macro")
@@ -381,6 +412,7 @@ class FocusRunner:
 
     def _find_region(self, a: _Asked) -> Region:
         """Where to zoom in."""
+        a.looked = True
         if (located := a.said("locate")) is not None:
             a.box_reply = located.text
         assert a.box_reply is not None

@@ -214,7 +214,8 @@ def likeliest(logits: Logits, allowed: Sequence[int] | None) -> int:
 def log_softmax(logits: Logits, token: int) -> float:
     """The log-probability of one `token`, from (vocabulary,) logits; summed in float64 on the host."""
     if isinstance(logits, DeviceLogits):
-        return float(logits[[token]][0]) - logits.logsumexp
+        value = logits.peak if token == logits.best else float(logits[[token]][0])
+        return value - logits.logsumexp
     most = logits.max()
     total = np.exp(logits - most).sum(dtype=np.float64)
     return float(logits[token]) - float(most) - math.log(total)

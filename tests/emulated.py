@@ -82,16 +82,18 @@ def cupy(gpus: int = 1) -> Any:
         driverGetVersion=lambda: 13000,
         CUDARuntimeError=CUDARuntimeError,
     )
-    stream = SimpleNamespace(ptr=1, __enter__=None)
     return SimpleNamespace(
         __version__="0",
         asarray=asarray,
         empty=lambda shape, dtype: Array(np.full(shape, 99, dtype)),
         zeros=lambda shape, dtype: Array(np.zeros(shape, dtype)),
         concatenate=lambda arrays: Array(np.concatenate([array._memory for array in arrays])),
-        cuda=SimpleNamespace(Device=nullcontext, Stream=lambda **_: _Stream(**_), runtime=runtime),
-        _stream=stream,
+        cuda=SimpleNamespace(Device=_Device, Stream=_Stream, runtime=runtime),
     )
+
+
+class _Device(nullcontext):  # type: ignore[type-arg]
+    def use(self) -> None: ...
 
 
 class _Stream(nullcontext):  # type: ignore[type-arg]

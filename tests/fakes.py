@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dualfocus.runtime.bundle import Bundle
 from dualfocus.runtime.cache import KVCache
+from dualfocus.runtime.devices import CPU
 from dualfocus.runtime.engines import Floats
 from dualfocus.runtime.manifest import (
     FORMAT_VERSION,
@@ -172,7 +173,7 @@ def make_bundle(
     embeddings = np.random.default_rng(3).standard_normal((spec.vocabulary, WIDTH)).astype(np.float32)
     decoder = FakeDecoder(spec, embeddings, tokenizer, {} if script is None else script)
     vision = FakeVision(manifest.image)
-    return Bundle(Path("fake"), manifest, "digest", "none", vision, decoder, tokenizer, embeddings)
+    return Bundle(Path("fake"), manifest, "digest", CPU, vision, decoder, tokenizer, embeddings)
 
 
 def spelling(bundle: Bundle, text: str) -> list[int]:

@@ -116,6 +116,19 @@ def test_results_are_dated_files_with_a_schema(results: Path) -> None:
     assert kept["machine"]["isa"] in kernels.available()
 
 
+def test_a_processor_without_a_name_is_its_boards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(harness, "BOARD", tmp_path / "model")
+    harness.CPUINFO.write_text("processor\t: 0\nFeatures\t: fp asimd\nCPU part\t: 0xd42\n")
+    harness.BOARD.write_text("NVIDIA Jetson AGX Orin Developer Kit\0")
+    assert harness.header("gate", 1)["machine"]["processor"] == "NVIDIA Jetson AGX Orin Developer Kit"
+    harness.CPUINFO.write_text("processor\t: 0\nmodel name\t: A 2:1 Processor\n")
+    assert harness.header("gate", 1)["machine"]["processor"] == "A 2:1 Processor"
+    harness.CPUINFO.unlink()
+    harness.BOARD.unlink()
+    assert harness.header("gate", 1)["machine"]["processor"]
+
+
 def test_a_result_of_a_bundle_is_named_for_its_precision(results: Path) -> None:
     manifest = Bundle.open(threads=1).manifest
     for precision, name in (("fp32", "-stages-nano.json"), ("int8", "-stages-nano-int8.json")):

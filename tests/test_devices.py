@@ -28,8 +28,9 @@ from dualfocus.runtime import Bundle, FocusRunner, PlainRunner, devices
 from dualfocus.runtime import onnx as engine
 from dualfocus.runtime.devices import CPU, Device
 from dualfocus.runtime.errors import DeviceError
+from dualfocus.runtime.geometry import Region
 from dualfocus.runtime.manifest import ON_DEVICE
-from dualfocus.runtime.result import FocusResult
+from dualfocus.runtime.result import FocusResult, ReplyToken
 from dualfocus.train import scenes
 
 CHECKPOINT = Path(__file__).parent.parent / "train" / "checkpoint"
@@ -90,7 +91,7 @@ def test_a_device_that_runs_no_such_bundle_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setattr(devices, "problem", lambda _: None)
     with pytest.raises(DeviceError, match=r"cuda:0 does not run a bundle of target onnxruntime, .* cuda$"):
         devices.choose(Device("cuda"), "onnxruntime")
-    with pytest.raises(DeviceError, match="tensorrt-rtx:0 does not run .* --target cuda or tensorrt$"):
+    with pytest.raises(DeviceError, match=r"tensorrt-rtx:0 does not run .* --target cuda or tensorrt$"):
         devices.choose(Device("tensorrt-rtx"), "onnx-standard")
 
 
@@ -144,7 +145,6 @@ def test_the_command_line_says_it_too(built: dict[str, Path]) -> None:
         assert result.stderr.startswith("dualfocus: ")
         assert result.stderr.count("\n") == 1
     if devices.problem(Device("cuda")):
-        bundle = str(built["cuda-fp16"])
         result = run(
             app,
             ["ask", "examples/scene.png", "What?", "--device", "cuda", "--bundle", str(built["cuda-fp16"])],
@@ -192,7 +192,7 @@ DEVICE_BUNDLES = ["cuda-fp16", "cuda-int4", "tensorrt-fp16", "tensorrt-int4"]
 @pytest.mark.parametrize("name", DEVICE_BUNDLES)
 def test_reuse_and_batches_answer_what_plain_does(built: dict[str, Path], name: str) -> None:
     bundle = Bundle.open(built[name], threads=1)
-    assert bundle.device == "cpu"
+    assert bundle.device == CPU
     assert bundle.manifest.target in ON_DEVICE
     plain = ask(PlainRunner(bundle, free_box=False), 6)
     fast = ask(FocusRunner(bundle), 6)
@@ -250,7 +250,7 @@ def test_nothing_in_a_device_graph_is_float32_but_the_logits(built: dict[str, Pa
             if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
         }
         floats |= {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
-        assert floats <= {"logits", "logsumexp"}
+        assert floats <= {"logits", "peak", "logsumexp"}
 
 
 def test_embeddings_are_in_the_bundle_once(built: dict[str, Path]) -> None:
@@ -276,11 +276,50 @@ def test_a_gpu_answers_as_the_cpu_does(built: dict[str, Path], monkeypatch: pyte
     expected = [*ask(FocusRunner(on_cpu), 6), *ask(PlainRunner(on_cpu), 2)]
     emulated.install(monkeypatch)
     bundle = Bundle.open(built["cuda-fp16"])
-    assert bundle.device == "cuda:0"
+    assert bundle.device == Device("cuda")
     found = [*ask(FocusRunner(bundle), 6), *ask(PlainRunner(bundle), 2)]
     for ours, theirs in zip(found, expected, strict=True):
         assert replace(ours, times_ms={}) == replace(theirs, times_ms={})
         assert ours.counters == theirs.counters
+
+
+def test_a_gpu_encodes_the_crop_while_it_decodes(
+    built: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The region comes as soon as the box is there, before the macro answer's last token."""
+    emulated.install(monkeypatch)
+    runner = FocusRunner(Bundle.open(built["cuda-fp16"]))
+    early = 0
+    for i in range(6):
+        events = list(runner.stream(np.asarray(picture(i, 200 + 31 * i, 260 - 17 * i)), QUESTIONS[i % 3]))
+        regions = [at for at, event in enumerate(events) if isinstance(event, Region)]
+        assert len(regions) == 1
+        macro = [
+            at for at, event in enumerate(events) if isinstance(event, ReplyToken) and event.reply == "macro"
+        ]
+        early += regions[0] < macro[-1]
+        assert events[-1].counters.vision_encodes == 2 if events[-1].crop else 1
+    assert early
+
+
+def test_what_goes_wrong_apart_is_raised_here(
+    built: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulated.install(monkeypatch)
+    bundle = Bundle.open(built["cuda-fp16"])
+    runner = FocusRunner(bundle)
+    expected = ask(runner, 6)
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(FocusRunner, "_encode_apart", fail)
+        runner = FocusRunner(bundle)
+        with pytest.raises(MemoryError):
+            ask(runner, 6)
+    for ours, theirs in zip(ask(runner, 6), expected, strict=True):
+        assert ours.answer == theirs.answer
 
 
 def test_little_is_copied_to_and_from_a_gpu(built: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +335,7 @@ def test_little_is_copied_to_and_from_a_gpu(built: dict[str, Path], monkeypatch:
     logits = len(result.macro.generation.tokens) if result.macro else 0
     # an id, a length and a position of 8 bytes each for a token at most; and for a choice two numbers
     assert emulated.copied["to device"] <= 40 * tokens
-    assert emulated.copied["to host"] <= 16 * logits
+    assert emulated.copied["to host"] <= 16 * (logits + 1)
 
 
 def test_steps_that_come_again_are_recorded(built: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +346,7 @@ def test_steps_that_come_again_are_recorded(built: dict[str, Path], monkeypatch:
     ask(runner, 3)
     first = emulated.recorded.index("1")
     assert set(emulated.recorded[:first]) == {"-1"}
-    assert "2" in emulated.recorded[first:]  # of both rows, and of one
+    assert emulated.recorded[first:].count("1") > 10
     assert emulated.recorded.count("-1") > 6  # prompts are not: each is another shape
     count = len(set(emulated.recorded))
     ask(runner, 3)

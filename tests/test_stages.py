@@ -253,6 +253,60 @@ def test_a_boards_rail_counts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert meter.joules == pytest.approx(4)
 
 
+# Rails as public reports of these boards list them, with made-up readings; none was at hand. A list is an
+# INA3221 with its channels' label, millivolts and milliamperes, if it is switched on.
+ORIN_NX = [[("VDD_IN", 5000, 1200), ("VDD_CPU_GPU_CV", 5000, 300), ("VDD_SOC", 5000, 250)]]
+AGX_ORIN = [
+    [("VDD_GPU_SOC", 12_000, 500), ("VDD_CPU_CV", 12_000, 100), ("VIN_SYS_5V0", 5000, 800)],
+    [("NC", 12_000, 7), ("VDDQ_VDD2_1V8AO", 5000, 200), ("NC", 0, None)],
+]
+THOR = [[("VDD_GPU", 12_000, 2000), ("VDD_CPU_SOC_MSS", 12_000, 900), ("VIN_SYS_5V0", 5000, 1000)]]
+
+
+@pytest.mark.parametrize(
+    ("chips", "microwatts", "watts"),
+    [
+        (ORIN_NX, None, 6.0),  # the board's
+        (AGX_ORIN, None, 6.0 + 1.2 + 4.0 + 1.0),
+        (THOR, None, 24.0 + 10.8 + 5.0),
+        (THOR, 61_500_000, 61.5),  # the INA238 at the input
+        ([], 61_500_000, 61.5),
+    ],
+)
+def test_the_rails_of_jetsons(
+    chips: list[list[tuple[str, int, int | None]]],
+    microwatts: int | None,
+    watts: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(energy, "INTERVAL", 1e6)
+    now = [0.0]
+    monkeypatch.setattr(energy.time, "perf_counter", lambda: now[0])
+    drivers = tmp_path / "bus/i2c/drivers"
+    for at, channels in enumerate(chips):
+        folder = drivers / f"ina3221/1-004{at}/hwmon/hwmon{at}"
+        folder.mkdir(parents=True)
+        for number, (label, volts, amperes) in enumerate(channels, 1):
+            (folder / f"in{number}_label").write_text(f"{label}\n")
+            (folder / f"in{number}_input").write_text(f"{volts}\n")
+            (folder / f"in{number + 3}_input").write_text("80\n")  # of the shunt
+            if amperes is not None:
+                (folder / f"curr{number}_input").write_text(f"{amperes}\n")
+        (folder / "in7_label").write_text("sum of shunt voltages\n")
+        (folder / "in7_input").write_text("240\n")
+        (folder / "curr4_input").write_text("900\n")  # the channels' sum
+    if microwatts is not None:
+        folder = drivers / "ina238/2-0044/hwmon/hwmon9"
+        folder.mkdir(parents=True)
+        for name, value in (("in0_input", 5), ("in1_input", 20_000), ("curr1_input", 3075)):
+            (folder / name).write_text(f"{value}\n")
+        (folder / "power1_input").write_text(f"{microwatts}\n")
+    with energy.Meter(tmp_path) as meter:
+        now[0] = 2.0
+    assert meter.joules == pytest.approx(2 * watts)
+
+
 def test_where_nothing_is_told_there_are_no_joules(tmp_path: Path) -> None:
     rapl(tmp_path, "intel-rapl:0", "package-0", 1).unlink()  # as where only root may read it
     with energy.Meter(tmp_path) as meter:

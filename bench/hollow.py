@@ -1,9 +1,9 @@
 """A bundle without its large weights, a few megabytes that can be sent anywhere; and the bundle again.
 
 What a model costs depends on its shape, not on what it learnt. `make` writes graphs, tokenizer and manifest
-of a shape as its export has them, and in place of the weights ``weights.npz``: of what is small all of it, of a
-large tensor `NUMBERS` numbers as random weights have them. `fill` draws the large tensors anew from theirs, and
-needs NumPy alone: neither torch nor a GPU, but the room on the disk.
+of a shape as its export has them, and in place of the weights ``weights.npz``: of what is small all of it,
+of a large tensor `NUMBERS` numbers as random weights have them. `fill` draws the large tensors anew from
+theirs, and needs neither torch nor a GPU, but the room on the disk.
 
 An entry is called ``file@offset@bytes``, and stands for so many bytes there.
 """
@@ -38,7 +38,8 @@ MODEL = "transformers/model"  # where the peer of that name looks for its config
 WHOLE = 1 << 18  # up to so many numbers, a tensor is kept as it is: norms, biases, rotary tables
 NUMBERS = 1 << 10  # kept of a larger one
 CHUNK = 1 << 22  # numbers drawn at a time
-QUERY_SCALE, MLP_SCALE = 2.0, 2.0  # as `export.random_weights`; here queries and keys share what spreads scores
+# As in `export.random_weights`; queries and keys lie in one matrix here, and share what spreads scores.
+QUERY_SCALE, MLP_SCALE = 2.0, 2.0
 
 
 def make(shape: Shape, precision: Precision, folder: Path) -> None:
@@ -77,7 +78,7 @@ def make(shape: Shape, precision: Precision, folder: Path) -> None:
     parts.append(graphs.head(draw.head(shape)))
     onnx.save(joined(parts), folder / "decoder.onnx")
     data.close()
-    np.savez_compressed(folder / WEIGHTS, **kept, **data.kept)
+    np.savez_compressed(folder / WEIGHTS, allow_pickle=False, **kept, **data.kept)
     for name in ("embeddings.npy", "decoder.onnx.data", "vision.onnx.data"):
         (folder / name).unlink(missing_ok=True)
     checkpoint.tokenizer.save(str(folder / "tokenizer.json"))
@@ -105,6 +106,12 @@ def fill(folder: Path, out: Path, seed: int = 0) -> Manifest:
     manifest = replace(manifest, files=entries(out))
     (out / "manifest.json").write_text(json.dumps(manifest.to_dict(), indent=2) + "\n", encoding="utf-8")
     return manifest
+
+
+def size(folder: Path) -> int:
+    """Bytes that the bundle will take, about."""
+    with np.load(folder / WEIGHTS) as kept:
+        return sum(_parsed(key)[2] for key in kept.files)
 
 
 def _draw(out: Path, key: str, numbers: Array, seed: int) -> None:

@@ -14,13 +14,11 @@ PUSH = 100.0  # added to a logit, whose like spread by 2
 
 @dataclass(frozen=True)
 class PushedLogits(DeviceLogits):
-    """`best` is what was pushed. Nothing is written on the device: logits are moved as they come from it, down
-    by `PUSH` all but the pushed one, whose probability is 1.
-    """
+    """`best` was pushed. Nothing is written on the device: what comes from it is put `PUSH` lower."""
 
     def __getitem__(self, tokens: list[int]) -> Floats:
         found: Floats = super().__getitem__(tokens) - PUSH
-        found[[token == self.best for token in tokens]] = self.logsumexp
+        found[[token == self.best for token in tokens]] = self.peak
         return found
 
 
@@ -49,7 +47,8 @@ class ScriptedDecoder:
                 if (token := self.script.get(start + position)) is None:
                     continue
                 if isinstance(logits[i], DeviceLogits):
-                    logits[i] = PushedLogits(logits[i].values, token, logits[i].logsumexp)
+                    of = logits[i].logsumexp  # so that its probability is 1
+                    logits[i] = PushedLogits(logits[i].values, token, peak=of, logsumexp=of)
                 else:
                     logits[i, token] += PUSH
         return results

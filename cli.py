@@ -807,7 +807,7 @@ def _print_result(result: FocusResult, question: str | None, device: str) -> Non
     if result.skipped:
         console.print(_text("sure enough of the macro answer not to look closer", "yellow"))
     console.print(rows)
-    console.print(_text(f"{total:.0f} ms on {device}: {stages}", "dim"))
+    console.print(_text(f"{total:.0f} ms: {stages}; on {device}", "dim"))
     console.print(_text(work, "dim"))
 
 
@@ -860,7 +860,8 @@ def _print_devices(*, as_json: bool) -> None:
         return
     rows = Table.grid(padding=(0, 2))
     for kind, why in found["devices"].items():
-        rows.add_row(_text(kind), _text("works" if why is None else f"does not work here: {why}"))
+        rows.add_row(_text(kind), _text("works here" if why is None else f"does not work here: {why}"))
+        rows.add_row("", _text(found["seen"][kind], "dim"))
     for gpu in found["gpus"]:
         told = f"{gpu['name']}, compute capability {gpu['compute_capability']}"
         rows.add_row(_text(f"GPU {gpu['index']}"), _text(f"{told}, {gpu['memory'] / 1e9:.1f} GB"))

@@ -169,10 +169,9 @@ class DecoderGraphs:
         qkv = self._product(graph, normed, layer.qkv, "qkv", i)
         attended = self._attention(graph, x, qkv, i)
         if i == spec.layers - 1:
-            at = graph.input("logits_at", TensorProto.INT64, ["batch", "wanted"])
-            where = graph.add("Unsqueeze", [at, _ints(graph, 2)], "at")
+            heads = spec.heads * spec.head_size
             x, attended = (
-                graph.add("GatherND", [of, where], f"{of}.wanted", batch_dims=1) for of in (x, attended)
+                self._wanted(graph, of, width) for of, width in ((x, spec.hidden), (attended, heads))
             )
         x = graph.add(
             "Add", [x, self._product(graph, attended, layer.project, "project", i)], f"{name}.attended"
@@ -228,6 +227,18 @@ class DecoderGraphs:
 
     def _graph(self) -> Graph:
         return Graph(self._data, self._opset, half=self._half)
+
+    def _wanted(self, graph: Graph, x: str, width: int) -> str:
+        """Of `x`, (B, S, width), the positions whose logits are wanted: (B, K, width).
+
+        ONNX Runtime's GatherND for CUDA reads sizes from the host, where a recorded step would find others.
+        """
+        at = graph.input("logits_at", TensorProto.INT64, ["batch", "wanted"])
+        if self._half:
+            flat = graph.add("Reshape", [x, _ints(graph, -1, width)], f"{x}.flat")
+            return graph.add("Gather", [flat, at], f"{x}.wanted", axis=0)
+        where = graph.add("Unsqueeze", [at, _ints(graph, 2)], "at")
+        return graph.add("GatherND", [x, where], f"{x}.wanted", batch_dims=1)
 
     def _length(self, i: int) -> str:
         """What the positions of ``hidden.{i}`` are called."""

@@ -229,11 +229,13 @@ class Session:
         """
         rows, length, _ = states.shape
         totals = np.add(starts, counts or [length] * rows)
+        # for a device, positions are counted through all rows
+        starts_at = length * np.arange(rows)[:, None] if self.dtype is np.float16 else 0
         inputs = {
             self.states: np.ascontiguousarray(states, self.dtype),
             "seqlens_k": (totals - 1).astype(np.int32),
             "total_sequence_length": np.array(totals.max(), np.int32),
-            "logits_at": np.tile(np.arange(length), (rows, 1)),
+            "logits_at": np.tile(np.arange(length), (rows, 1)) + starts_at,
             "query_seqlens": (totals - np.array(starts)).astype(np.int32),
         }
         binding = self.session.io_binding()

@@ -64,6 +64,14 @@ class Device:
 
 CPU = Device("cpu")
 
+# What of this program was seen working on what, and what never was.
+SEEN: dict[Kind, str] = {
+    "cpu": "run on x86-64 (AVX2, AVX-512), and on 64-bit ARM as an emulator runs it",
+    "cuda": "never run on a GPU: its graphs on a CPU, its calls on an emulated GPU",
+    "tensorrt-rtx": "never run on a GPU: its parser and builder take the graphs",
+    "tensorrt": "never run on a GPU: its operators and signatures were compared",
+}
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -152,6 +160,7 @@ def survey() -> dict[str, Any]:
         versions |= {name: f"{number // 1000}.{number % 1000 // 10}" for name, number in told.items()}
     return {
         "devices": {kind: problem(Device(kind)) for kind in get_args(Kind)},
+        "seen": SEEN,
         "gpus": [asdict(gpu) for gpu in found],
         "versions": versions,
     }

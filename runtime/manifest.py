@@ -81,6 +81,7 @@ class DecoderSpec:
 
     For a GPU (`ON_DEVICE`), nothing but token ids goes in or out. In place of ``inputs_embeds`` there are
     ``tokens`` (B, S) i64 and ``images`` (I, hidden) f16: a token of `vocabulary` + i is row i of the images.
+    ``logits_at`` counts positions through all rows: those of row b begin at b x S.
     Beside the logits there are, of each position, ``best`` (B, K) i64, the likeliest token, ``peak`` (B, K)
     f32, its logit, and ``logsumexp`` (B, K) f32.
     """

@@ -142,8 +142,10 @@ class Place:
 def _session(path: Path, options: ort.SessionOptions, place: Place) -> ort.InferenceSession:
     device = place.device
     chosen: dict[str, str] = {}
+    if device.kind == "cuda":  # memory as much as is needed, and no search for the tower's one convolution
+        chosen = {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
     if device.kind != "cpu":
-        chosen = {"device_id": str(device.index), "user_compute_stream": str(place.stream.ptr)}
+        chosen |= {"device_id": str(device.index), "user_compute_stream": str(place.stream.ptr)}
         chosen["enable_cuda_graph"] = str(int(place.replay))
     try:
         if device.kind == "tensorrt-rtx":
@@ -214,7 +216,7 @@ class DeviceVisionEncoder:
         memory, stream = self._place.device.memory, self._place.stream
         binding = self._session.io_binding()
         with stream or contextlib.nullcontext():
-            seen = memory.asarray(pixels.astype(np.float16, copy=False))
+            seen = memory.asarray(pixels, np.float16)
             features = memory.empty((len(pixels), *self._shape), np.float16)
             _bind(binding.bind_input, "pixel_values", seen, self._place.device)
             _bind(binding.bind_output, "image_features", features, self._place.device)
@@ -302,8 +304,8 @@ class OnnxDecoder:
         counts, lengths = [0] * batch, [0] * batch
         for i, row, chunk, positions in zip(at, rows, new, logits_at, strict=True):
             assert len(chunk), "nothing to append"
-            if longest > 1:  # a step's are all 0, as they were made
-                call.inputs["logits_at"][i, : len(positions)] = positions
+            if longest > 1:  # a step's are as they were made
+                call.inputs["logits_at"][i, : len(positions)] += np.array(positions, np.int64)
             counts[i] = len(chunk)
             lengths[i] = cache.lengths[row] + len(chunk)
         longest_row = max(lengths)
@@ -342,7 +344,7 @@ class OnnxDecoder:
             **self._new_tokens(batch, longest),
             "seqlens_k": np.zeros(batch, np.int32),
             "total_sequence_length": np.zeros((), np.int32),
-            "logits_at": np.zeros((batch, wanted), np.int64),
+            "logits_at": self._first_positions(batch, longest, wanted),
         }
         if self._spec.ragged_append:
             inputs["query_seqlens"] = np.zeros(batch, np.int32)
@@ -359,6 +361,10 @@ class OnnxDecoder:
 
     def _new_tokens(self, batch: int, longest: int) -> dict[str, npt.NDArray[Any]]:
         return {"inputs_embeds": np.zeros((batch, longest, self._spec.hidden), np.float32)}
+
+    def _first_positions(self, batch: int, longest: int, wanted: int) -> npt.NDArray[np.int64]:
+        """(B, K), as `DecoderSpec` counts positions: a row's first one, so that those wanted can be added."""
+        return np.zeros((batch, wanted), np.int64)
 
     def _bind_inputs(self, call: _Call) -> None:
         for name, array in call.inputs.items():
@@ -396,6 +402,9 @@ class DeviceDecoder(OnnxDecoder):
 
     def _new_tokens(self, batch: int, longest: int) -> dict[str, npt.NDArray[Any]]:
         return {"tokens": np.zeros((batch, longest), np.int64)}
+
+    def _first_positions(self, batch: int, longest: int, wanted: int) -> npt.NDArray[np.int64]:
+        return np.repeat(longest * np.arange(batch)[:, None], wanted, axis=1)
 
     def _bind_inputs(self, call: _Call) -> None:
         for name, array in call.inputs.items():

@@ -65,10 +65,13 @@ class CUDARuntimeError(RuntimeError):
     pass
 
 
-def asarray(host: np.ndarray) -> Array:
-    array = Array(np.empty_like(host))
-    array.set(host)
-    return array
+def asarray(array: np.ndarray | Array, dtype: np.dtype) -> Array:
+    if isinstance(array, Array):
+        assert array.dtype == dtype
+        return array
+    on_device = Array(np.empty(array.shape, dtype))
+    on_device.set(array.astype(dtype))
+    return on_device
 
 
 def cupy(gpus: int = 1) -> Any:

@@ -58,7 +58,8 @@ def test_a_checkpoint_becomes_a_bundle_that_is_verified_and_timed(tmp_path: Path
     assert done.stdout.startswith(RELEASE)
     assert (tmp_path / "log").read_text().splitlines() == [
         f"dualfocus export some/checkpoint -o {out}/bundle --target tensorrt --precision fp16 --resume",
-        f"dualfocus inspect {out}/bundle --verify --budget --device tensorrt",
+        f"dualfocus inspect {out}/bundle --verify",
+        f"dualfocus pack {out}/bundle --device tensorrt",
         f"dualfocus bench stages --bundle {out}/bundle --device tensorrt --json",
     ]
     assert (out / "stages.json").read_text() == '{"bench": "stages"}\n'

@@ -18,12 +18,14 @@ import numpy as np
 import onnx
 import pytest
 import tiny
-from test_parity import picture
+from test_parity import BOX_TOKENS, picture
 from typer.testing import CliRunner
 
+from dualfocus import kernels
 from dualfocus.bench.scenes import held_out
 from dualfocus.cli import app
 from dualfocus.export import ExportError, export_bundle
+from dualfocus.kernels import cuda
 from dualfocus.runtime import Bundle, FocusRunner, PlainRunner, devices
 from dualfocus.runtime import onnx as engine
 from dualfocus.runtime.devices import CPU, Device
@@ -171,7 +173,7 @@ def test_what_there_is_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Bundles of one random model: in float32 for the CPU, and for devices."""
     folder = tmp_path_factory.mktemp("devices")
-    checkpoint = tiny.build(folder / "checkpoint")
+    checkpoint = tiny.build(folder / "checkpoint", max_new_tokens=BOX_TOKENS)
     found = {}
     for name in ("onnxruntime-fp32", "cuda-fp16", "cuda-int4", "tensorrt-fp16", "tensorrt-int4"):
         target, precision = name.split("-")
@@ -300,6 +302,26 @@ def test_a_gpu_encodes_the_crop_while_it_decodes(
         early += regions[0] < macro[-1]
         assert events[-1].counters.vision_encodes == 2 if events[-1].crop else 1
     assert early
+
+
+def test_a_gpu_cuts_crops_out_itself(built: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel in C here, into the memory that the one in CUDA would write to."""
+    streams = []
+
+    def crop_resize(*arguments: Any, out: emulated.Array, stream: int, **options: Any) -> None:
+        streams.append(stream)
+        out._memory[...] = kernels.crop_resize(*arguments, **options, dtype=np.float16)
+
+    expected = ask(FocusRunner(Bundle.open(built["cuda-fp16"])), 4)
+    emulated.install(monkeypatch)
+    monkeypatch.setattr(cuda, "available", lambda: True)
+    monkeypatch.setattr(cuda, "crop_resize", crop_resize)
+    bundle = Bundle.open(built["cuda-fp16"])
+    found = ask(FocusRunner(bundle), 4)
+    assert len(streams) == sum(result.counters.vision_encodes for result in found) == 8
+    assert set(streams) == {7}  # the tower's, which is the one that does not wait for others
+    for ours, theirs in zip(found, expected, strict=True):
+        assert replace(ours, times_ms={}) == replace(theirs, times_ms={})
 
 
 def test_what_goes_wrong_apart_is_raised_here(

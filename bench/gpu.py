@@ -62,7 +62,7 @@ class Setup:
     many: int = 1000  # asked while memory is watched
     crops: int = 1000  # random ones, compared
     rounds: int = 20  # at most; fewer where a part would take longer than
-    seconds: float = 15.0
+    seconds: float = 10.0
     batches: tuple[int, ...] = (1, 2, 4, 8, 16)
     copied: int = 1 << 30  # bytes, to see how fast the device's memory is
     model: str = MODEL.name
@@ -83,14 +83,14 @@ def sections(setup: Setup, *, check: bool) -> list[Section]:
 
     if not check:
         found = [
-            Section(f"{setup.model} {precision}", partial(gpu_times.parts, precision), 240)
+            Section(f"{setup.model} {precision}", partial(gpu_times.parts, precision), 270)
             for precision in PRECISIONS
         ]
         return [Section("machine", machine, 60), *found, Section("crop", gpu_times.crops, 60)]
     wanted = devices.parse(setup.device)
     kinds: tuple[devices.Kind, ...] = ("cpu",) if wanted == devices.CPU else tuple(TARGETS)
     found = [
-        Section(f"{kind} {precision}", partial(gpu_check.parts, kind, precision), 150)
+        Section(f"{kind} {precision}", partial(gpu_check.parts, kind, precision), 240)
         for kind in kinds
         for precision in PRECISIONS
     ]
@@ -242,27 +242,29 @@ def failures(result: Mapping[str, Any]) -> list[str]:
 def show(result: Mapping[str, Any], console: Console) -> None:
     """The result as one table for people."""
     from rich.table import Table
+    from rich.text import Text
 
     harness.show_machine(result["machine"], console)
     for gpu in result["gpu"]:
         console.print(", ".join(f"{name} {value}" for name, value in gpu.items()), markup=False)
-    table = Table(box=None, pad_edge=False)
-    for column in ("section", "part", "figure", "", "wanted"):
-        table.add_column(column, overflow="fold")
+    table = Table(box=None, pad_edge=False, show_header=False)
+    told: tuple[str, str] = "", ""
     for section, part, name, figure in figures(result):
         if name != "seconds":
-            table.add_row(section, part, name, *_told(figure))
+            place = tuple("" if was == now else now for was, now in zip(told, (section, part), strict=True))
+            table.add_row(*map(Text, (*place, f"{name}: {_told(figure)}")))
+            told = section, part
     console.print(table)
     wrong = failures(result)
     console.print("failed: " + "; ".join(wrong) if wrong else "nothing failed", markup=False)
 
 
-def _told(figure: Any) -> tuple[str, str]:
+def _told(figure: Any) -> str:
     if isinstance(figure, dict) and "median" in figure:
-        return f"{figure['median']:.3f} ms ({figure['low']:.3f} - {figure['high']:.3f})", ""
+        return f"{figure['median']:.3f} ms ({figure['low']:.3f} - {figure['high']:.3f})"
     if isinstance(figure, dict):
-        return f"{figure['value']:.4g}", harness.verdict(figure)
-    return (f"{figure:.5g}" if isinstance(figure, float) else str(figure)), ""
+        return f"{figure['value']:.4g}" + (f" ({harness.verdict(figure)})" if figure["wanted"] else "")
+    return f"{figure:.5g}" if isinstance(figure, float) else str(figure)
 
 
 def main() -> None:

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 LOSS = 2e-2  # that losses may differ by
 AT_ONCE = 8  # questions
 NEVER = 1 << 40  # steps before one is recorded
-FLAT_DEVICE, FLAT_HOST = 2 << 20, 16 << 20  # bytes that many questions may leave behind
+# Bytes that many questions may leave behind
+FLAT = {"bytes held on the device": 2 << 20, "bytes held by the process": 16 << 20}
 
 Asked = Sequence[tuple[Picture, str]]
 
@@ -142,29 +143,29 @@ def memory(bundle: Bundle, asked: Asked, count: int) -> Figures:
     """What `count` questions leave behind, on the device and in this process, after some to warm up."""
     runner = FocusRunner(bundle, cache_mb=1)  # which is full soon
 
-    def held_after(questions: int) -> tuple[int | None, int | None]:
-        for i in range(questions):
-            runner.ask(*asked[i % len(asked)])
-        return device_memory(bundle.device), fresh.memory()["rss_anon"]
+    def taken() -> dict[str, int]:
+        host = fresh.memory()["rss_anon"]
+        return held(bundle.device) | ({} if host is None else {"bytes held by the process": host})
 
-    device, host = held_after(max(count // 10, 1))
-    device_after, host_after = held_after(count)
+    for i in range(count // 10):
+        runner.ask(*asked[i % len(asked)])
+    before = taken()
+    for i in range(count):
+        runner.ask(*asked[i % len(asked)])
     found: Figures = {"questions": count}
-    if device is not None and device_after is not None:
-        more = float(device_after - device)
-        found["bytes more on the device"] = harness.wanted(more, at_most=FLAT_DEVICE)
-        found["bytes held on the device"] = device_after
-    if host is not None and host_after is not None:
-        found["bytes more of the process"] = harness.wanted(float(host_after - host), at_most=FLAT_HOST)
+    for name, now in taken().items():
+        found[name] = now
+        more = float(now - before[name])
+        found[f"more {name}"] = harness.wanted(more, at_most=FLAT[name])
     return found
 
 
-def device_memory(device: Device) -> int | None:
-    """Bytes taken on a GPU, by whomever; None on the CPU."""
+def held(device: Device) -> dict[str, int]:
+    """Bytes taken on a GPU, by whomever; the CPU says nothing of it."""
     if device.kind == "cpu":
-        return None
+        return {}
     free, total = device.memory.cuda.runtime.memGetInfo()
-    return int(total - free)
+    return {"bytes held on the device": int(total - free)}
 
 
 def _build(path: Any) -> Figures:

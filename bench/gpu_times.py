@@ -27,7 +27,7 @@ import numpy as np
 import onnx as graphs
 
 from dualfocus.bench import crop, harness, hollow, limits, stages
-from dualfocus.bench.gpu_check import NEVER, device_memory
+from dualfocus.bench.gpu_check import NEVER, held
 from dualfocus.bench.harness import Timing
 from dualfocus.bench.peers import work as works
 from dualfocus.bench.peers.base import PAST, PREFILL, STEPS, Opened
@@ -71,6 +71,8 @@ def parts(precision: Precision, setup: Setup) -> Iterator[Part]:
         yield "question", model.question
         for batch in setup.batches:
             yield f"{batch} at once", partial(model.at_once, batch)
+        # last: an error of the device would leave no more parts
+        yield "engines, steps replayed", model.replayed
 
 
 def _scratch(size: int) -> str | None:
@@ -99,10 +101,12 @@ class _Model:
     def made(self) -> Figures:
         """What it takes."""
         manifest = self._bundle.manifest
-        return self._seconds | {
+        return {
+            **self._seconds,
+            "ONNX Runtime": onnx.VERSION,
             "context": manifest.decoder.context,
             "bytes of the bundle": sum(entry.size for entry in manifest.files.values()),
-            "bytes held on the device": device_memory(self._bundle.device) or 0,
+            **held(self._bundle.device),
         }
 
     @cached_property
@@ -125,17 +129,15 @@ class _Model:
         bundle, spec = self._bundle, self._bundle.manifest.decoder
         size = bundle.manifest.image.size
         random = np.random.default_rng(0)
-        pixels = random.standard_normal((max(PICTURES), 3, size, size)).astype(np.float16)
-        steps = {rows: _Steps(bundle, self._work.tokens, rows) for rows in ROWS}
+        # on the device, where the crop kernel leaves them
+        drawn = random.standard_normal((max(PICTURES), 3, size, size))
+        pixels = bundle.device.memory.asarray(drawn, np.float16)
         empty = KVCache(spec, 1, spec.context, bundle.device.memory)
         prompt = embed(self._work.tokens[:PREFILL], bundle.embeddings, {})
-        calls: dict[str, Callable[[], object]] = {
-            f"vision, {n}": partial(bundle.vision.encode, pixels[:n]) for n in PICTURES
-        }
+        calls, before = self._steps()
+        calls |= {f"vision, {n}": partial(bundle.vision.encode, pixels[:n]) for n in PICTURES}
         calls["prefill"] = lambda: bundle.decoder.extend(empty, [0], [prompt], [[PREFILL - 1]])
-        calls |= {f"decode, {rows}": of.run for rows, of in steps.items()}
-        before: dict[str, Callable[[], object]] = {"prefill": lambda: empty.truncate(0, 0)}
-        before |= {f"decode, {rows}": of.begin for rows, of in steps.items()}
+        before["prefill"] = lambda: empty.truncate(0, 0)
         peer = self._peer
         if isinstance(peer, Opened):
             for part in ("vision", "prefill", "decode", "decode, two rows"):
@@ -143,12 +145,24 @@ class _Model:
                 if part in peer.before:
                     before[f"transformers, {part}"] = peer.before[part]
         with patch.object(onnx, "RECORDED_AFTER", NEVER):
-            timings = self._timed(calls, before)
-        again = [name for name in calls if name.startswith("decode")]
-        with patch.object(onnx, "RECORDED_AFTER", 0):  # steps are replayed from the second on
-            replayed = self._timed({name: calls[name] for name in again}, before)
-        timings |= {f"{name}, replayed": timing for name, timing in replayed.items()}
-        found: Figures = {"GB/s": self._rates.bandwidth / 1e9}
+            return self._told(timed(calls, self._setup, before))
+
+    def replayed(self) -> Figures:
+        """Steps of decode again, as CUDA graphs: of a cache that stays, from the second on."""
+        calls, before = self._steps()
+        with patch.object(onnx, "RECORDED_AFTER", 0):
+            return self._told(timed(calls, self._setup, before))
+
+    def _steps(self) -> tuple[dict[str, Callable[[], object]], dict[str, Callable[[], object]]]:
+        """Steps of decode, and what comes before."""
+        steps = {rows: _Steps(self._bundle, self._work.tokens, rows) for rows in ROWS}
+        return (
+            {f"decode, {rows}": of.run for rows, of in steps.items()},
+            {f"decode, {rows}": of.begin for rows, of in steps.items()},
+        )
+
+    def _told(self, timings: Mapping[str, Timing]) -> Figures:
+        found: Figures = {"bandwidth of the device, GB/s": self._rates.bandwidth / 1e9}
         for name, timing in timings.items():
             each = timing.each(STEPS) if "decode" in name else timing
             found[name] = dataclasses.asdict(each)
@@ -159,9 +173,9 @@ class _Model:
     def _limit(self, name: str, ms: float) -> Figures:
         """How near a call comes to what it may take."""
         bundle, spec = self._bundle, self._bundle.manifest.decoder
-        kind, *words = name.split(", ")
+        kind, _, number = name.partition(", ")
         if kind == "decode":
-            rows = int(words[0])
+            rows = int(number)
             cache = 2 * spec.layers * spec.kv_heads * spec.head_size * np.dtype(spec.dtype).itemsize
             moved = sum(of.nbytes for of in self._products["decoder"]) + rows * (PAST + 1) * cache
             limit = 1e3 * moved / self._rates.bandwidth
@@ -172,7 +186,7 @@ class _Model:
             many = [of for of in self._products["decoder"] if not of.is_last(spec.layers)]
             attention, length, judged = limits.causal(spec, 0, PREFILL), PREFILL, True
         else:
-            pictures, tokens = int(words[0]), bundle.manifest.image.tokens
+            pictures, tokens = int(number), bundle.manifest.image.tokens
             many, length = self._products["vision"], pictures * tokens
             attention = pictures * tokens**2 * sum(of.attends for of in many)
             judged = pictures == max(PICTURES)
@@ -191,7 +205,7 @@ class _Model:
         asker = stages.Asker(self._bundle, stages.find_subject(self._bundle))
         timings = [asker.ask() for _ in range(1 + max(2, self._setup.rounds // 2))][1:]
         summary = stages.summarise(timings)
-        names = ("total", "time_to_first_token", "time_per_output_token", "tokens_per_second", "counters")
+        names = ("total", "time_to_first_token", "time_per_output_token", "tokens_per_second")
         return {name.replace("_", " "): summary[name] for name in names} | {
             name.replace("_", " "): {key: row[key] for key in ("median", "low", "high", "p5", "p95")}
             for name, row in summary["stages"].items()
@@ -216,7 +230,7 @@ class _Model:
             assert result.micro is not None
             found = [result.macro.generation, result.located, result.micro.generation]
             assert [reply and reply.tokens for reply in found] == said, f"replied {found}, expected {said}"
-        timings = self._timed(calls)
+        timings = timed(calls, self._setup)
         best = timings["all savings"].median
         figures: Figures = {name: dataclasses.asdict(timing) for name, timing in timings.items()}
         figures["plain / all savings"] = timings["plain"].median / best
@@ -228,7 +242,9 @@ class _Model:
         return figures
 
     def at_once(self, batch: int) -> Figures:
-        """Questions about so many pictures, asked together."""
+        """Questions about so many pictures, asked together; the peer gives its memory to them."""
+        self.__dict__.pop("_peer", None)
+        _release(self._setup.device)
         found = self._wave(batch)
         _release(self._setup.device)
         return found
@@ -238,15 +254,12 @@ class _Model:
         step = max(1, picture.shape[1] // batch)
         asked = [(np.roll(picture, i * step, axis=1), question) for i in range(batch)]
         runner = FocusRunner(self._asked, batch=batch, savings=NO_POOL)
-        timing = self._timed({"wave": lambda: runner.ask_many(asked)})["wave"]
+        timing = timed({"wave": lambda: runner.ask_many(asked)}, self._setup)["wave"]
         return {
             "each": dataclasses.asdict(timing.each(batch)),
             "questions/s": 1e3 * batch / timing.median,
-            "bytes held on the device": device_memory(self._bundle.device) or 0,
+            **held(self._bundle.device),
         }
-
-    def _timed(self, calls: Calls, before: Calls | None = None) -> dict[str, Timing]:
-        return timed(calls, self._setup, before)
 
 
 class _Steps:

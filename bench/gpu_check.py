@@ -48,9 +48,6 @@ def parts(kind: Kind, precision: Precision, setup: Setup) -> Iterator[Part]:
     if (why := devices.problem(device)) is not None:
         raise DeviceError(why)
     path = setup.folder / f"nano-{TARGETS.get(kind, 'cuda')}-{precision}"
-    if not path.is_dir():
-        yield "bundle", lambda: {"absent": f"{path.name} was not prepared"}
-        return
     if kind == "tensorrt":
         yield "engines", lambda: _build(path)
     bundle = Bundle.open(path, device=str(device))

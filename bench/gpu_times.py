@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
-import shutil
 import tempfile
 import time
 import traceback
@@ -60,10 +59,7 @@ NO_POOL = Savings(pool=False)
 def parts(precision: Precision, setup: Setup) -> Iterator[Part]:
     """What is measured of the model in one precision."""
     skeleton = setup.folder / f"{setup.model}-{precision}"
-    if not skeleton.is_dir():
-        yield "model", lambda: {"absent": f"{skeleton.name} was not prepared"}
-        return
-    with tempfile.TemporaryDirectory(dir=_scratch(hollow.size(skeleton))) as scratch:
+    with tempfile.TemporaryDirectory(dir=setup.scratch) as scratch:
         model = _Model(skeleton, Path(scratch) / "bundle", precision, setup)
         yield "model", model.made
         yield "engines", model.engines
@@ -73,12 +69,6 @@ def parts(precision: Precision, setup: Setup) -> Iterator[Part]:
             yield f"{batch} at once", partial(model.at_once, batch)
         # last: an error of the device would leave no more parts
         yield "engines, steps replayed", model.replayed
-
-
-def _scratch(size: int) -> str | None:
-    """A folder with room for so many bytes: memory, if it has, else where the system has temporary files."""
-    memory = Path("/dev/shm")
-    return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > 1.1 * size else None
 
 
 class _Model:

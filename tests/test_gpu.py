@@ -17,6 +17,7 @@ import pytest
 import test_limits
 import tiny
 from rich.console import Console
+from test_kernels_cuda import emulation
 
 from dualfocus.bench import gpu, gpu_check, gpu_times, harness, hollow
 from dualfocus.bench.gpu import Figures, Section, Setup
@@ -24,6 +25,7 @@ from dualfocus.bench.scripted import PushedLogits
 from dualfocus.kernels import cuda
 from dualfocus.runtime import FocusRunner
 from dualfocus.runtime.engines import DeviceLogits
+from dualfocus.runtime.errors import BundleError
 from dualfocus.runtime.sequence import likeliest, log_softmax
 
 SHAPE = tiny.Shape(name="small", vocabulary=2000)
@@ -247,7 +249,7 @@ def test_what_goes_wrong_is_said_and_the_rest_goes_on(
     assert "said nothing for" in found["hangs"]["all"]["failed"]
     assert found["never"] == {"all": {"refused": "there is none"}}
     assert [line.rpartition(":")[0] for line in gpu.failures(result)] == [
-        "faulty: raises", "dies: all", "hangs: all",
+        "faulty: raises", "faulty: refuses", "dies: all", "hangs: all", "never: all",
     ]  # fmt: skip
     logged = capfd.readouterr().err
     assert "ValueError: it broke" in logged
@@ -256,13 +258,23 @@ def test_what_goes_wrong_is_said_and_the_rest_goes_on(
     assert {of["all"]["failed"] for of in late["sections"].values()} == {"no time was left for it"}
 
 
-def test_what_is_missing_is_absent_and_what_does_not_work_refused(tmp_path: Path) -> None:
+def test_what_was_not_prepared_fails_and_a_kernel_not_built_is_absent(tmp_path: Path) -> None:
     bare = Setup(tmp_path, "cpu", model="small")
-    assert done(gpu_check.parts("cpu", "fp16", bare))["bundle"].keys() == {"absent"}
-    assert done(gpu_times.parts("fp16", bare))["model"].keys() == {"absent"}
+    with pytest.raises(BundleError, match="nano-cuda-fp16 is not a folder"):
+        done(gpu_check.parts("cpu", "fp16", bare))
+    with pytest.raises(FileNotFoundError, match=r"small-fp16"):
+        done(gpu_times.parts("fp16", bare))
     if not cuda.available():
         for found in (done(gpu_check.crops(bare)), done(gpu_times.crops(bare))):
             assert {tuple(figures) for figures in found.values()} == {("absent",)}
+
+
+def test_a_device_that_was_asked_for_has_to_work() -> None:
+    result = made("gpu-check", {"refused": "no driver"})
+    assert gpu.failures(result) == ["cuda fp16: a part: refused"]
+    result["sections"] = {"tensorrt-rtx fp16": result["sections"]["cuda fp16"]}
+    assert gpu.failures(result) == []
+    assert gpu.failures(result | {"device": "tensorrt-rtx:1"}) != []
 
 
 def test_crops_that_differ_are_an_error(monkeypatch: pytest.MonkeyPatch, setup: Setup) -> None:
@@ -273,6 +285,27 @@ def test_crops_that_differ_are_an_error(monkeypatch: pytest.MonkeyPatch, setup: 
     monkeypatch.setattr(gpu_check.subprocess, "run", lambda *_, **__: run(returncode=1))
     with pytest.raises(RuntimeError, match="AssertionError: differs"):
         done(gpu_check.crops(setup))
+
+
+def test_crop_and_upload_on_an_emulated_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setup: Setup
+) -> None:
+    cupy = emulated.cupy()
+    cupy.cuda.get_current_stream = lambda: SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setitem(sys.modules, "cupyx", SimpleNamespace(empty_pinned=np.empty))
+    monkeypatch.setattr(gpu_times.crop, "photograph", lambda: np.zeros((60, 80, 3), np.uint8))
+    monkeypatch.setattr(cuda, "FOLDER", emulation(tmp_path))
+    cuda._gpu.cache_clear()
+    try:
+        found = done(gpu_times.crops(setup))
+    finally:
+        cuda._gpu.cache_clear()
+    assert list(found) == ["from pageable memory", "from pinned memory"]
+    for figures in found.values():
+        ratio = figures["upload and crop / upload"]
+        assert ratio["wanted"] == "<= 1.5"
+        assert ratio["value"] == figures["upload and crop"]["median"] / figures["upload"]["median"]
 
 
 def test_the_driver_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +319,8 @@ def test_the_driver_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def made(bench: str, figures: Figures) -> dict[str, Any]:
-    return harness.header(bench, None) | {"gpu": [], "sections": {"cuda fp16": {"a part": figures}}}
+    told = {"device": "cuda", "gpu": []}
+    return harness.header(bench, None) | told | {"sections": {"cuda fp16": {"a part": figures}}}
 
 
 def test_a_table_says_all_of_it() -> None:

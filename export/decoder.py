@@ -231,7 +231,7 @@ class DecoderGraphs:
     def _wanted(self, graph: Graph, x: str, width: int) -> str:
         """Of `x`, (B, S, width), the positions whose logits are wanted: (B, K, width).
 
-        ONNX Runtime's GatherND for CUDA reads sizes from the host, where a recorded step would find others.
+        For a GPU they are counted through all rows: a Gather of them is what every library has a kernel for.
         """
         at = graph.input("logits_at", TensorProto.INT64, ["batch", "wanted"])
         if self._half:

@@ -78,7 +78,8 @@ def make(shape: Shape, precision: Precision, folder: Path) -> None:
     parts.append(graphs.head(draw.head(shape)))
     onnx.save(joined(parts), folder / "decoder.onnx")
     data.close()
-    np.savez_compressed(folder / WEIGHTS, allow_pickle=False, **kept, **data.kept)
+    arrays: Any = kept | data.kept
+    np.savez_compressed(folder / WEIGHTS, **arrays)
     for name in ("embeddings.npy", "decoder.onnx.data", "vision.onnx.data"):
         (folder / name).unlink(missing_ok=True)
     checkpoint.tokenizer.save(str(folder / "tokenizer.json"))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -323,7 +323,8 @@ class DecoderGraphs:
         places = add("Expand", [row, _ints(graph, 1, spec.kv_heads, 1, 1)], "places")
         total = add("Cast", [of.lengths[1]], "total", to=TensorProto.INT64)
         reaches = add("LessOrEqual", [_range(graph, total, "held"), row], "reaches")  # (B, 1, S, total)
-        visible = add("And", [reaches, fresh], "visible")
+        # TensorRT promises nothing of a position that sees nothing: what is padding may see what it likes
+        visible = reaches if self._half else add("And", [reaches, fresh], "visible")
         end = add("Reshape", [total, _ints(graph, 1)], "end")
 
         heads = add(
@@ -343,7 +344,12 @@ class DecoderGraphs:
             written = add("Where", [fresh, self._as_cached(graph, part), old], f"{part}.written")
             add("TensorScatter", [before, written, start], after, axis=2)
             seen.append(add("Slice", [after, _ints(graph, 0), end, _ints(graph, 2)], f"{part}.seen"))
-        out = add("Attention", [self._as_cached(graph, query), *seen, visible], f"{name}.found")
+        query = self._as_cached(graph, query)
+        attributes: dict[str, Any] = {}
+        if self._half:  # TensorRT would multiply the keys too, all that are seen: by 1 is nothing to do
+            factor = graph.weight("scale", np.array(spec.head_size**-0.5, np.float32))
+            query, attributes["scale"] = add("Mul", [query, factor], f"{name}.scaled"), 1.0
+        out = add("Attention", [query, *seen, visible], f"{name}.found", **attributes)
         out = self._as_computed(graph, out)
         out = add("Transpose", [out], f"{name}.positions", perm=[0, 2, 1, 3])
         return add("Reshape", [out, _ints(graph, 0, 0, spec.heads * spec.head_size)], f"{name}.out")

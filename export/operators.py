@@ -25,7 +25,9 @@ from typing import Literal
 import onnx
 from onnx import TensorProto
 
+from dualfocus.export.errors import ExportError
 from dualfocus.export.graph import MICROSOFT
+from dualfocus.runtime.manifest import Target
 
 Consumer = Literal["cuda", "tensorrt", "tensorrt-rtx"]
 Types = dict[str, str]  # of values, by their names: "float16"
@@ -36,10 +38,10 @@ ALL = f"{NUMBERS} bool"
 HALF = "float16"
 
 CUDA = {
-    "Add Div Min Mul Pow Sub Less LessOrEqual": NUMBERS,
+    "Add Div Min Mod Mul Pow Sub Less LessOrEqual": NUMBERS,
     "And": "bool",
     "ArgMax Attention Conv Erf LayerNormalization MatMul RMSNormalization ReduceLogSumExp ReduceMax": FLOATS,
-    "RotaryEmbedding Sigmoid SimplifiedLayerNormalization Softmax Sqrt Tanh": FLOATS,
+    "Relu RotaryEmbedding Sigmoid SimplifiedLayerNormalization Softmax Sqrt Tanh": FLOATS,
     "Cast Concat ConstantOfShape Expand Gather Reshape Shape Slice Split Squeeze": ALL,
     "TensorScatter Transpose Unsqueeze": ALL,
     "Constant": ALL,  # folded before nodes are placed
@@ -53,12 +55,13 @@ CUDA = {
     f"{MICROSOFT}.SkipSimplifiedLayerNormalization": FLOATS,
 }
 TENSORRT = {
-    "Add ArgMax Div Equal Less LessOrEqual Min Mul Pow Range ReduceLogSumExp ReduceMax Sub": NUMBERS,
+    "Add ArgMax Div Equal Less LessOrEqual Min Mod Mul Pow Range ReduceLogSumExp ReduceMax Sub": NUMBERS,
     "And": "bool",
     "Attention": HALF,
     "Cast Concat Constant ConstantOfShape Expand Gather GatherND Reshape Shape Slice Squeeze": ALL,
     "Transpose Unsqueeze": ALL,
-    "Conv Erf LayerNormalization MatMul RMSNormalization RotaryEmbedding Sigmoid Softmax Sqrt Tanh": FLOATS,
+    "Conv Erf LayerNormalization MatMul RMSNormalization Relu RotaryEmbedding Sigmoid Softmax": FLOATS,
+    "Sqrt Tanh": FLOATS,
     "DequantizeLinear": "int4 int8",
     "Split Where": ALL,
     "TensorScatter": f"{FLOATS} int32",
@@ -78,10 +81,12 @@ Rule = Callable[[onnx.NodeProto, onnx.GraphProto], str | None]  # what is wrong 
 
 def _cache_in_place(node: onnx.NodeProto, graph: onnx.GraphProto) -> str | None:
     """TensorRT 10.15's IKVCacheUpdateLayer writes into an input of the network, which is an output too."""
-    inputs, outputs = ({value.name for value in values} for values in (graph.input, graph.output))
-    if node.input[0] in inputs and node.output[0] in outputs:
-        return None
-    return "whose cache is not an input, and as updated an output, of the graph itself"
+    inputs = {value.name: value.type.tensor_type.shape.dim for value in graph.input}
+    if node.input[0] not in inputs or node.output[0] not in {value.name for value in graph.output}:
+        return "whose cache is not an input, and as updated an output, of the graph itself"
+    if any(dimension.dim_param for dimension in inputs[node.input[0]][1:]):
+        return "whose cache is of no fixed capacity"
+    return None
 
 
 def _symmetric(node: onnx.NodeProto, _: onnx.GraphProto) -> str | None:
@@ -131,6 +136,13 @@ def unsupported(model: onnx.ModelProto, consumer: Consumer) -> list[str]:
         if (wrong := _wrong(node, model.graph, types, tables)) is not None:
             found[wrong].append(node.name or node.output[0])
     return [f"{tables.name} takes no {what}{_places(nodes)}" for what, nodes in found.items()]
+
+
+def check_supported(model: onnx.ModelProto, target: Target, graph: str) -> None:
+    """Raise ExportError if what graphs of `target` are for does not take `model`, which is called `graph`."""
+    consumers: dict[Target, Consumer] = {"cuda": "cuda", "tensorrt": "tensorrt"}
+    if target in consumers and (refused := unsupported(model, consumers[target])):
+        raise ExportError(f"{graph} cannot run on target {target}: {refused[0]}")
 
 
 def _wrong(node: onnx.NodeProto, graph: onnx.GraphProto, types: Types, tables: Tables) -> str | None:

@@ -26,6 +26,7 @@ from dualfocus.export.checkpoint import EMBEDDINGS, HEAD, NORM, Checkpoint
 from dualfocus.export.decoder import DecoderGraphs, Head, Layer, Linear
 from dualfocus.export.errors import ExportError
 from dualfocus.export.graph import DataFile, end_of_data, joined
+from dualfocus.export.operators import check_supported
 from dualfocus.export.quantize import Part, decoder_form
 from dualfocus.export.rotate import Rotation
 from dualfocus.export.verify import Difference, TorchDecoder, Trial
@@ -143,6 +144,8 @@ class Export:
         store_vision(
             exact / "vision.onnx", folder / "vision.onnx", manifest.precision, half=self._is_on_device
         )
+        stored = onnx.load(folder / "vision.onnx", load_external_data=False)
+        check_supported(stored, manifest.target, "the vision tower")
         for n in (1, len(pixels)):
             place = folder if self._is_exact else exact
             got = verify.encode(place / "vision.onnx", pixels[:n])
@@ -192,6 +195,7 @@ class Export:
             if rotation:
                 rotation.layer(i, layer)
             parts.append(graphs.layer(i, layer, rotation.entrance if rotation and i == 0 else None))
+            check_supported(parts[i], self._manifest.target, f"layer {i + 1}")
             onnx.save(parts[i], self._part(i))
             data.flush()
             trial = self._through(i, trial, exact, rotation.stream.numpy() if rotation else None)
@@ -211,6 +215,7 @@ class Export:
         if rotation:
             rotation.head(head)
         parts.append(graphs.head(head))
+        check_supported(parts[-1], self._manifest.target, "the head")
         data.flush()
         onnx.save(parts[-1], self._part(spec.layers))
         session = verify.Session(self._part(spec.layers), spec, 1, 0)
@@ -227,6 +232,7 @@ class Export:
         data.close()
         if self._is_on_device:
             parts.insert(0, graphs.embedding(self._folder / "embeddings.npy"))
+            check_supported(parts[0], self._manifest.target, "the embedding")
         model = joined(parts)
         onnx.save(model, self._folder / "decoder.onnx")
         onnx.checker.check_model(self._folder / "decoder.onnx")

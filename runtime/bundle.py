@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -48,6 +49,7 @@ class Bundle:
     tokenizer: Tokenizer
     embeddings: Table  # (vocabulary, hidden), memory-mapped
     viewer: Callable[[Seen], Array] | None = None  # what crops on the device, if anything does
+    alone: Lock = field(default_factory=Lock)  # for the device, held by who works there beside the decoder
 
     def view(self, seen: Seen) -> Array:
         """(N, 3, S, S): what the vision tower sees of crops of pictures; on its device, if that can crop."""
@@ -87,30 +89,31 @@ class Bundle:
 
         from dualfocus.runtime import onnx  # not at the top: `inspect` needs no engine
 
-        threading = onnx.Threads(threads, spin)
+        threads_used = onnx.Threads(threads, spin)
         graphs = packed.graphs(path, digest) if chosen.kind == "cpu" else path
         files = graphs / "vision.onnx", graphs / "decoder.onnx"
         image, spec = manifest.image, manifest.decoder
         vision: VisionEncoder
         decoder: Decoder
-        viewer = None
+        viewer, alone = None, Lock()
         if manifest.target in ON_DEVICE:
             chosen.use()
             # The default stream, CuPy's, and the decoder's wait for each other; the tower's runs beside them.
             aside, ordered = chosen.stream(blocking=False), chosen.stream(blocking=True)
-            place = onnx.Place(chosen, threading, aside, half=True)
-            vision = onnx.DeviceVisionEncoder(files[0], image, spec.hidden, place)
-            place = onnx.Place(chosen, threading, ordered, half=True, replay=chosen.kind != "cpu")
-            decoder = onnx.DeviceDecoder(files[1], spec, place)
+            place = onnx.Place(chosen, threads_used, aside, half=True)
+            vision = onnx.OnnxDeviceVisionEncoder(files[0], image, spec.hidden, place)
+            recording = None if chosen.kind == "cpu" else alone
+            place = onnx.Place(chosen, threads_used, ordered, half=True, recording=recording)
+            decoder = onnx.OnnxDeviceDecoder(files[1], spec, place)
             embeddings = range(spec.vocabulary)
             if chosen.kind != "cpu" and cuda.available():
                 viewer = partial(view_on_device, image=image, device=chosen, stream=aside)
         else:
-            place = onnx.Place(chosen, threading)
+            place = onnx.Place(chosen, threads_used)
             one_by_one = manifest.precision in ("int8", "int4")
             vision = onnx.OnnxVisionEncoder(files[0], image, spec.hidden, place, one_by_one=one_by_one)
             decoder = onnx.OnnxDecoder(files[1], spec, place)
-        return cls(path, manifest, digest, chosen, vision, decoder, tokenizer, embeddings, viewer)
+        return cls(path, manifest, digest, chosen, vision, decoder, tokenizer, embeddings, viewer, alone)
 
 
 def read_manifest(path: Path) -> tuple[Manifest, str]:

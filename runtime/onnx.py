@@ -1,10 +1,4 @@
-"""The engines on ONNX Runtime; nothing else imports onnxruntime.
-
-The decoder's graph is bound with the same memory as past and as present, so a call writes the new
-tokens' keys and values straight into the cache and copies nothing. A GPU is another place for the same
-arrays (`devices`): what a graph is told is written on the host and copied, and of what it says the likeliest
-tokens and the logarithms of their probabilities' sums come back.
-"""
+"""The engines on ONNX Runtime; nothing else imports onnxruntime."""
 
 from __future__ import annotations
 
@@ -13,18 +7,18 @@ import ctypes
 import functools
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 
 from dualfocus import kernels
-from dualfocus.runtime.cache import KVCache
+from dualfocus.runtime.calls import Call, DeviceDecoder, GraphDecoder
 from dualfocus.runtime.devices import CPU, Device
-from dualfocus.runtime.engines import Array, DeviceLogits, Floats, to_host
+from dualfocus.runtime.engines import Array, Floats
 from dualfocus.runtime.errors import BundleError, DeviceError, EngineError
 from dualfocus.runtime.manifest import DecoderSpec, ImageSpec
 
@@ -39,7 +33,6 @@ except ImportError:
 VERSION: str = ort.__version__
 # A recorded step outlives its cache, so that only one that stays is worth it: as many steps, no reply has.
 RECORDED_AFTER = 256
-IDLE_TOKENS = 8  # a call may compute so many idle positions; for more, another call costs less
 
 Shapes = dict[str, list[int | None]]  # by name; None: any size
 
@@ -136,7 +129,9 @@ class Place:
     threads: Threads = Threads()
     stream: Any = None  # CuPy's, which everything is queued on
     half: bool = False  # the graphs compute in float16
-    replay: bool = False  # steps that come again and again are recorded and replayed, as CUDA graphs
+    # Steps that come again and again are recorded, and replayed as CUDA graphs. While one is recorded, CUDA
+    # lets no other thread allocate: who works beside the decoder holds this meanwhile.
+    recording: Lock | None = None
 
 
 def _session(path: Path, options: ort.SessionOptions, place: Place) -> ort.InferenceSession:
@@ -146,7 +141,7 @@ def _session(path: Path, options: ort.SessionOptions, place: Place) -> ort.Infer
         chosen = {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
     if device.kind != "cpu":
         chosen |= {"device_id": str(device.index), "user_compute_stream": str(place.stream.ptr)}
-        chosen["enable_cuda_graph"] = str(int(place.replay))
+        chosen["enable_cuda_graph"] = str(int(place.recording is not None))
     try:
         if device.kind == "tensorrt-rtx":
             options.add_provider_for_devices([_rtx_devices()[device.index]], chosen)
@@ -203,7 +198,7 @@ class OnnxVisionEncoder:
         return features
 
 
-class DeviceVisionEncoder:
+class OnnxDeviceVisionEncoder:
     """`engines.VisionEncoder` on ONNX Runtime, in float16, on a device where the image tokens stay."""
 
     def __init__(self, path: Path, spec: ImageSpec, hidden: int, place: Place) -> None:
@@ -224,163 +219,44 @@ class DeviceVisionEncoder:
         return features
 
 
-@dataclass(eq=False)
-class _Call:
-    """A call of the decoder's graph: its `inputs` by name, on the host, and the cache are bound.
+class _OnSession(GraphDecoder):
+    """Memory is bound to a session on the decoder's graph."""
 
-    On a device, the graph reads copies of them; a step's copies and outputs stay in place.
-    """
+    _session: ort.InferenceSession
+    _place: Place
 
-    binding: Any
-    inputs: dict[str, npt.NDArray[Any]]
-    copies: dict[str, Array] = field(default_factory=dict)
-    outputs: dict[str, Array] = field(default_factory=dict)
-    times: int = 0  # how often it was made
-    recording: int = 0  # the number of what is replayed in its place; 0: nothing yet
+    def _new_binding(self) -> Any:
+        return self._session.io_binding()
+
+    def _bind(self, binding: Any, name: str, array: Array, *, is_output: bool = False) -> None:
+        _bind(binding.bind_output if is_output else binding.bind_input, name, array, self._place.device)
 
 
-class OnnxDecoder:
+class OnnxDecoder(_OnSession):
     """`engines.Decoder` on ONNX Runtime."""
 
     def __init__(self, path: Path, spec: DecoderSpec, place: Place) -> None:
-        past: list[int | None] = [None, spec.kv_heads, spec.context, spec.head_size]  # or of any capacity
-        inputs: Shapes = {
-            **self._tokens_in(spec),
-            "seqlens_k": [None],
-            "total_sequence_length": [],
-            "logits_at": [None, None],
-        }
-        if spec.ragged_append:
-            inputs["query_seqlens"] = [None]
-        for layer in range(spec.layers):
-            inputs[f"past_key_values.{layer}.key"] = past
-            inputs[f"past_key_values.{layer}.value"] = past
-        self._spec, self._place = spec, place
-        self._session = _open(path, place, inputs, {"logits": [None, None, spec.vocabulary]})
-        self._calls: WeakKeyDictionary[KVCache, dict[tuple[int, int, bool], _Call]] = WeakKeyDictionary()
-
-    def extend(
-        self,
-        cache: KVCache,
-        rows: Sequence[int],
-        embeddings: Sequence[Any],
-        logits_at: Sequence[Sequence[int]],
-    ) -> list[Any]:
-        assert len(set(rows)) == len(rows), f"a row twice in one call: {rows}"
-        longest = max(map(len, embeddings))
-        calls: list[list[int]] = []  # of indices into `rows`
-        for i in sorted(range(len(rows)), key=rows.__getitem__):
-            if calls and self._joins(cache, rows[calls[-1][-1]], rows[i], longest):
-                calls[-1].append(i)
-            else:
-                calls.append([i])
-        results: dict[int, Any] = {}
-        for call in calls:
-            new, wanted = [embeddings[i] for i in call], [logits_at[i] for i in call]
-            results |= zip(call, self._run(cache, [rows[i] for i in call], new, wanted), strict=True)
-        return [results[i] for i in range(len(rows))]
-
-    def _joins(self, cache: KVCache, last: int, row: int, longest: int) -> bool:
-        """Whether `row` goes into the call whose last row is `last`, where all are padded to `longest`."""
-        idle = row - last - 1
-        if not self._spec.ragged_append:
-            return longest == 1 and not idle
-        room = cache.capacity - longest  # ONNX Runtime wants it for the padding too, of idle rows as well
-        return idle * longest <= IDLE_TOKENS and max(cache.lengths[last : row + 1]) <= room
-
-    def _run(
-        self, cache: KVCache, rows: Sequence[int], new: Sequence[Any], logits_at: Sequence[Sequence[int]]
-    ) -> list[Any]:
-        """One call of the graph, over all rows from the first to the last.
-
-        Those not asked for are idle: given no tokens, they pass as empty, and nothing is written to them.
-        """
-        first, stop = min(rows), max(rows) + 1
-        batch, longest, wanted = stop - first, max(map(len, new)), max(map(len, logits_at))
-        call = self._call(cache, first, stop, longest, wanted)
-        at = [row - first for row in rows]
-        self._write_tokens(call, at, new)
-        # lists, not arrays: while the graph ran, its weights drove NumPy's code out of the processor's caches
-        counts, lengths = [0] * batch, [0] * batch
-        for i, row, chunk, positions in zip(at, rows, new, logits_at, strict=True):
-            assert len(chunk), "nothing to append"
-            if longest > 1:  # a step's are as they were made
-                call.inputs["logits_at"][i, : len(positions)] += np.array(positions, np.int64)
-            counts[i] = len(chunk)
-            lengths[i] = cache.lengths[row] + len(chunk)
-        longest_row = max(lengths)
-        assert longest_row <= cache.capacity, f"{longest_row} tokens in a row of {cache.capacity}"
-        call.inputs["seqlens_k"][:] = [max(length - 1, 0) for length in lengths]
-        call.inputs["total_sequence_length"][...] = longest_row
-        if self._spec.ragged_append:
-            call.inputs["query_seqlens"][:] = counts
-
-        results = self._compute(call, cache, at, [len(positions) for positions in logits_at])
-        for row, chunk in zip(rows, new, strict=True):
-            cache.lengths[row] += len(chunk)
-        return results
-
-    def _call(self, cache: KVCache, first: int, stop: int, longest: int, wanted: int) -> _Call:
-        """Memory for a call's inputs, bound beside rows of `cache`.
-
-        The rows are bound as past and as present once for all calls: their memory stays in place. So are
-        the inputs of a step, one token a row, which come again and again.
-        """
-        is_step = longest == wanted == 1
-        device = self._place.device
-        kept = self._calls.setdefault(cache, {})
-        if (call := kept.get((first, stop, is_step))) is None:
-            binding = self._session.io_binding()
-            for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
-                for kind, of_layer in (("key", keys), ("value", values)):
-                    _bind(binding.bind_input, f"past_key_values.{layer}.{kind}", of_layer[first:stop], device)
-                    _bind(binding.bind_output, f"present.{layer}.{kind}", of_layer[first:stop], device)
-        elif is_step:
-            return call
-        else:
-            binding = call.binding
-        batch = stop - first
-        inputs: dict[str, npt.NDArray[Any]] = {
-            **self._new_tokens(batch, longest),
-            "seqlens_k": np.zeros(batch, np.int32),
-            "total_sequence_length": np.zeros((), np.int32),
-            "logits_at": self._first_positions(batch, longest, wanted),
-        }
-        if self._spec.ragged_append:
-            inputs["query_seqlens"] = np.zeros(batch, np.int32)
-        call = _Call(binding, inputs)
-        self._bind_inputs(call)
-        # of other calls the binding alone is kept: their memory is not to outlive them
-        kept[first, stop, is_step] = call if is_step else _Call(binding, {})
-        return call
-
-    # The rest is done in another way on a device.
-
-    def _tokens_in(self, spec: DecoderSpec) -> Shapes:
-        return {"inputs_embeds": [None, None, spec.hidden]}
+        super().__init__(spec)
+        self._place = place
+        self._session = _open_decoder(path, spec, place, {"inputs_embeds": [None, None, spec.hidden]})
 
     def _new_tokens(self, batch: int, longest: int) -> dict[str, npt.NDArray[Any]]:
         return {"inputs_embeds": np.zeros((batch, longest, self._spec.hidden), np.float32)}
 
-    def _first_positions(self, batch: int, longest: int, wanted: int) -> npt.NDArray[np.int64]:
-        """(B, K), as `DecoderSpec` counts positions: a row's first one, so that those wanted can be added."""
-        return np.zeros((batch, wanted), np.int64)
-
-    def _bind_inputs(self, call: _Call) -> None:
+    def _bind_inputs(self, call: Call) -> None:
         for name, array in call.inputs.items():
-            _bind(call.binding.bind_input, name, array, CPU)
+            self._bind(call.binding, name, array)
 
-    def _write_tokens(self, call: _Call, rows: Sequence[int], new: Sequence[Any]) -> None:
+    def _write_tokens(self, call: Call, rows: Sequence[int], new: Sequence[Any]) -> None:
         told = call.inputs["inputs_embeds"]
         if len(rows) < len(told):  # in 8 bits, all rows share the range of their activations: nothing stale
             told[:] = 0
         for row, chunk in zip(rows, new, strict=True):
             told[row, : len(chunk)] = chunk
 
-    def _compute(self, call: _Call, cache: KVCache, rows: Sequence[int], wanted: Sequence[int]) -> list[Any]:
-        """Run the graph, and give out each row's logits, as many as are wanted."""
+    def _compute(self, call: Call, rows: Sequence[int], wanted: Sequence[int]) -> list[Any]:
         logits = np.empty((*call.inputs["logits_at"].shape, self._spec.vocabulary), np.float32)
-        _bind(call.binding.bind_output, "logits", logits, CPU)
+        self._bind(call.binding, "logits", logits, is_output=True)
         self._session.run_with_iobinding(call.binding)
         if len(logits) == 1:
             return [logits[0]]
@@ -388,96 +264,56 @@ class OnnxDecoder:
         return [logits[row, :count].copy() for row, count in zip(rows, wanted, strict=True)]
 
 
-class DeviceDecoder(OnnxDecoder):
-    """`engines.Decoder` on ONNX Runtime, over a graph that looks up embeddings and chooses on its device."""
+class OnnxDeviceDecoder(_OnSession, DeviceDecoder):
+    """`calls.DeviceDecoder` on ONNX Runtime."""
 
     def __init__(self, path: Path, spec: DecoderSpec, place: Place) -> None:
-        super().__init__(path, spec, place)
-        self._memory = place.device.memory
-        self._no_images = self._memory.zeros((1, spec.hidden), np.float16)
-        self._recordings = 0
+        super().__init__(spec, place.device)
+        self._place, self._recordings = place, 0
+        tokens: Shapes = {"tokens": [None, None], "images": [None, spec.hidden]}
+        self._session = _open_decoder(path, spec, place, tokens)
 
-    def _tokens_in(self, spec: DecoderSpec) -> Shapes:
-        return {"tokens": [None, None], "images": [None, spec.hidden]}
+    def _total(self, call: Call, longest_row: int, capacity: int) -> int:
+        # a recorded step reads how much of the cache is valid on the device, and no other bound
+        return capacity if call.is_step else longest_row
 
-    def _new_tokens(self, batch: int, longest: int) -> dict[str, npt.NDArray[Any]]:
-        return {"tokens": np.zeros((batch, longest), np.int64)}
-
-    def _first_positions(self, batch: int, longest: int, wanted: int) -> npt.NDArray[np.int64]:
-        return np.repeat(longest * np.arange(batch)[:, None], wanted, axis=1)
-
-    def _bind_inputs(self, call: _Call) -> None:
-        for name, array in call.inputs.items():
-            if name == "total_sequence_length":  # is read on the host
-                _bind(call.binding.bind_input, name, array, CPU)
-            else:
-                call.copies[name] = self._memory.empty(array.shape, array.dtype)
-                _bind(call.binding.bind_input, name, call.copies[name], self._place.device)
-        batch, wanted = call.inputs["logits_at"].shape
-        call.outputs |= {
-            "logits": self._memory.empty((batch, wanted, self._spec.vocabulary), np.float32),
-            "best": self._memory.empty((batch, wanted), np.int64),
-            "peak": self._memory.empty((batch, wanted), np.float32),
-            "logsumexp": self._memory.empty((batch, wanted), np.float32),
-        }
-        for name, array in call.outputs.items():
-            _bind(call.binding.bind_output, name, array, self._place.device)
-
-    def _write_tokens(self, call: _Call, rows: Sequence[int], new: Sequence[Any]) -> None:
-        images: list[Array] = []
-        shown = 0
-        for row, chunk in zip(rows, new, strict=True):
-            ids = np.where(chunk.ids < self._spec.vocabulary, chunk.ids, chunk.ids + shown)
-            call.inputs["tokens"][row, : len(chunk)] = ids
-            images += chunk.images
-            shown += sum(map(len, chunk.images))
-        if len(images) > 1:
-            images = [self._memory.concatenate(images)]
-        call.copies["images"] = images[0] if images else self._no_images
-        _bind(call.binding.bind_input, "images", call.copies["images"], self._place.device)
-
-    def _compute(self, call: _Call, cache: KVCache, rows: Sequence[int], wanted: Sequence[int]) -> list[Any]:
-        is_step = call.inputs["tokens"].shape[1] == 1
-        if is_step:  # a recorded step reads how much of the cache is valid on the device, and no other bound
-            call.inputs["total_sequence_length"][...] = cache.capacity
-        for name, array in call.inputs.items():
-            if name in call.copies:
-                _copy_to(call.copies[name], array)
-        self._session.run_with_iobinding(call.binding, self._how(call, is_step))
-        best, peak, logsumexp = (to_host(call.outputs[of]) for of in ("best", "peak", "logsumexp"))
-        logits = call.outputs["logits"].copy() if is_step else call.outputs["logits"]
-        return [
-            [
-                DeviceLogits(logits[at], int(best[at]), float(peak[at]), float(logsumexp[at]))
-                for at in ((row, i) for i in range(count))
-            ]
-            for row, count in zip(rows, wanted, strict=True)
-        ]
-
-    def _how(self, call: _Call, is_step: bool) -> ort.RunOptions | None:
-        """Whether a call is recorded and replayed as a CUDA graph: a step that comes again and again."""
-        if not self._place.replay:
-            return None
+    def _execute(self, call: Call) -> None:
+        """Steps that come again and again are recorded, and replayed as CUDA graphs."""
+        recording = self._place.recording
+        if recording is None:
+            self._session.run_with_iobinding(call.binding)
+            return
         call.times += 1
-        if is_step and not call.recording and call.times > RECORDED_AFTER:
+        is_new = call.is_step and call.times == RECORDED_AFTER
+        if is_new:
             self._recordings += 1
             call.recording = self._recordings
         options = ort.RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(call.recording or -1))
-        return options
+        with recording if is_new else contextlib.nullcontext():
+            self._session.run_with_iobinding(call.binding, options)
 
 
-def _copy_to(target: Array, array: npt.NDArray[Any]) -> None:
-    """Copy what is on the host to where the graph reads it."""
-    if hasattr(target, "set"):
-        target.set(array)
-    else:
-        target[...] = array
+def _open_decoder(path: Path, spec: DecoderSpec, place: Place, tokens: Shapes) -> ort.InferenceSession:
+    """A session on a decoder's graph, which is given the new tokens as `tokens`."""
+    past: list[int | None] = [None, spec.kv_heads, spec.context, spec.head_size]  # or of any capacity
+    inputs: Shapes = {
+        **tokens,
+        "seqlens_k": [None],
+        "total_sequence_length": [],
+        "logits_at": [None, None],
+    }
+    if spec.ragged_append:
+        inputs["query_seqlens"] = [None]
+    for layer in range(spec.layers):
+        inputs[f"past_key_values.{layer}.key"] = past
+        inputs[f"past_key_values.{layer}.value"] = past
+    return _open(path, place, inputs, {"logits": [None, None, spec.vocabulary]})
 
 
 def _bind(bind: Any, name: str, array: Array, device: Device) -> None:
     """Bind memory by its address: `array` has to live until the run is over."""
-    if device.kind == "cpu":
+    if type(array) is np.ndarray:
         bind(name, "cpu", 0, array.dtype, array.shape, array.__array_interface__["data"][0])
     else:
         bind(name, "cuda", device.index, array.dtype, array.shape, array.data.ptr)

@@ -329,8 +329,9 @@ class FocusRunner:
 
     def _encode_apart(self, picture: Picture, crop: Crop) -> Array:
         """(T, D), computed by another thread."""
-        self._bundle.device.use()
-        return self._bundle.vision.encode(self._bundle.view([(picture, crop)]))[0]
+        with self._bundle.alone:
+            self._bundle.device.use()
+            return self._bundle.vision.encode(self._bundle.view([(picture, crop)]))[0]
 
     def _await_ahead(self) -> None:
         while self._ahead:

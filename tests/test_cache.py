@@ -9,10 +9,12 @@ from pathlib import Path
 import fakes
 import numpy as np
 import pytest
+import tiny as tiny_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualfocus.bench import budget
+from dualfocus.export import export_bundle
 from dualfocus.runtime import Bundle
 from dualfocus.runtime.cache import KVCache, Snapshot
 from dualfocus.runtime.engines import Floats
@@ -110,6 +112,27 @@ def test_any_sequence_of_operations_equals_recomputation(operations):
 @pytest.mark.parametrize("examples", [30, pytest.param(500, marks=pytest.mark.slow)])
 def test_any_sequence_of_operations_equals_recomputation_in_onnx_runtime(tiny, examples):
     settings(max_examples=examples, deadline=None)(given(operations)(lambda ops: check(tiny, ops, 1e-4)))()
+
+
+def test_steps_over_idle_rows_change_none_of_them(tmp_path, monkeypatch):
+    """Without ragged appends: one call of the graph for rows 0, 2 and 3, over row 1."""
+    checkpoint = tiny_models.build(tmp_path / "checkpoint")
+    export_bundle(checkpoint, tmp_path / "bundle", ragged_append=False, progress=lambda _: None)
+    bundle = Bundle.open(tmp_path / "bundle")
+    settings(max_examples=20, deadline=None)(given(operations)(lambda ops: check(bundle, ops, 1e-4)))()
+    cache = KVCache(bundle.manifest.decoder, ROWS, CAPACITY)
+    texts = [[5, 6, 7], [8, 9], [10], [11, 12, 13, 14]]
+    for row, tokens in enumerate(texts):
+        bundle.decoder.extend(cache, [row], [embedded(bundle, tokens)], [[]])
+    runs = []
+    run = bundle.decoder._compute
+    monkeypatch.setattr(bundle.decoder, "_compute", lambda *of: runs.append(of) or run(*of))
+    found = bundle.decoder.extend(cache, [0, 2, 3], [embedded(bundle, [20])] * 3, [[0]] * 3)
+    assert len(runs) == 1
+    assert cache.lengths == [4, 2, 2, 5]
+    found.insert(1, *bundle.decoder.extend(cache, [1], [embedded(bundle, [20])], [[0]]))
+    for tokens, logits in zip(texts, found, strict=True):
+        np.testing.assert_allclose(logits, anew(bundle, [*tokens, 20], [len(tokens)]), atol=1e-4)
 
 
 def test_rows_of_any_lengths_grow_together_and_no_others(tiny):

@@ -364,12 +364,25 @@ def test_steps_that_come_again_are_recorded(built: dict[str, Path], monkeypatch:
     emulated.install(monkeypatch)
     monkeypatch.setattr(engine, "RECORDED_AFTER", 3)
     bundle = Bundle.open(built["cuda-fp16"])
+    held: list[bool] = []
+    run = emulated._Session.run_with_iobinding
+
+    def watched(session: Any, binding: Any, options: Any = None) -> None:
+        number = options and options.get_run_config_entry("gpu_graph_id")
+        if number not in (None, "-1", *emulated.recorded):
+            held.append(bundle.alone.locked())
+        run(session, binding, options)
+
+    monkeypatch.setattr(emulated._Session, "run_with_iobinding", watched)
     runner = FocusRunner(bundle)
     ask(runner, 3)
     first = emulated.recorded.index("1")
     assert set(emulated.recorded[:first]) == {"-1"}
     assert emulated.recorded[first:].count("1") > 10
     assert emulated.recorded.count("-1") > 6  # prompts are not: each is another shape
+    assert held
+    assert all(held)  # by the decoder, so that nobody else's work gets into the recording
+    assert not bundle.alone.locked()
     count = len(set(emulated.recorded))
     ask(runner, 3)
     assert len(set(emulated.recorded)) == count  # the same rows are the same recordings

@@ -1,9 +1,7 @@
-"""A bundle -> TensorRT engines for one model of GPU, in its folder ``engines`` (`runtime.tensorrt`).
+"""A bundle of target tensorrt -> its folder ``engines``, for one model of GPU (`runtime.tensorrt`).
 
-The graphs are the bundle's own, in operators of the standard (target onnx-standard), with one change made
-in memory: TensorRT updates a cache in place only where its capacity is a number. Networks are strongly
-typed: what is float16 is what the graph says, TensorRT chooses nothing, except that products in float32
-are computed in TF32 on GPUs that have it.
+The graphs are the bundle's own. Networks are strongly typed: what is float16 is what the graph says, TensorRT
+chooses nothing.
 
 TensorRT builds on the GPU that it builds for, by timing kernels there; what it learned is kept in
 ``timing.cache``. TensorRT-RTX compiles for a GPU that need not be there.
@@ -17,11 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from dualfocus.export.errors import ExportError
-from dualfocus.export.operators import unsupported
 from dualfocus.runtime.bundle import read_manifest
+from dualfocus.runtime.manifest import DecoderSpec
 from dualfocus.runtime.tensorrt import (
     DECODER,
     FOLDER,
@@ -40,8 +36,10 @@ from dualfocus.runtime.tensorrt import library as trt
 
 Watch = Callable[[str, int, int], object]  # what is being done, how many steps are done, and of how many
 Sizes = tuple[int, int, int]  # the smallest, the usual and the largest
-Profile = Mapping[str, Sizes]  # by dimension; of an input that decides of shapes, its value
+Profile = Mapping[str, Sizes]  # by dimension; of an input that shapes depend on, its value
 
+# What varies in an input's shape, in order; in those of the cache and of lengths, the rows do.
+VARYING = {"tokens": ("batch", "length"), "images": ("shown",), "logits_at": ("batch", "wanted")}
 TIMING = "timing.cache"
 ROWS, LENGTH, WANTED, PICTURES = 2, 1024, 64, 2  # two passes, an image and a question, a draft, two crops
 
@@ -50,41 +48,34 @@ def build_engines(
     path: Path,
     *,
     rows: int = ROWS,
-    capacity: int | None = None,
     length: int = LENGTH,
     wanted: int = WANTED,
     pictures: int = PICTURES,
     workspace: int | None = None,
+    index: int = 0,
     gpu: Gpu | None = None,
     watch: Watch = lambda *_: None,
 ) -> Path:
     """Build the engines of the bundle at `path`; returns their folder, whole or not there at all.
 
-    They take calls of up to `rows` rows of a cache of `capacity` tokens (None: the model's context), of
-    `length` new tokens a row, of which `wanted` are given logits, and `pictures` pictures. `workspace` is
-    the memory in bytes that a layer may take beside its tensors, None all of the GPU's. `gpu` None is the
-    one that is there; TensorRT-RTX alone can build for another. `watch` is told each step, by TensorRT's
-    names. Raises BundleError for what is no bundle, ExportError for one that cannot become engines, and
-    EngineError where there is no GPU.
+    They take calls of up to `rows` rows, of `length` new tokens a row, of which `wanted` are given logits,
+    and `pictures` pictures. `workspace` is the memory in bytes that a layer may take beside its tensors, None
+    all of the GPU's. `gpu` None is number `index` here; TensorRT-RTX alone can build for another. `watch`
+    is told each step, by TensorRT's names. Raises BundleError for what is no bundle, ExportError for one that
+    cannot become engines, and DeviceError where there is no GPU.
     """
     manifest, digest = read_manifest(path)
-    context = manifest.decoder.context
-    capacity = context if capacity is None else capacity
-    reach = Reach(rows, capacity, min(length, capacity), min(wanted, length, capacity), pictures)
-    if not 1 <= capacity <= context:
-        raise ExportError(
-            f"the cache's capacity is {capacity}, expected 1 to the model's context of {context}"
-        )
+    spec, tokens = manifest.decoder, manifest.image.tokens
+    if manifest.target != "tensorrt":
+        raise ExportError(f"{path} is of target {manifest.target}, engines are built from --target tensorrt")
+    reach = Reach(rows, min(length, spec.context), min(wanted, length, spec.context), pictures)
     if gpu is None:
-        gpu = find_gpu()
+        gpu = find_gpu(index)
     elif not IS_RTX:
         raise ExportError(f"TensorRT builds for the GPU that is there, not for {gpu.name}")
-    graphs = {VISION: path / "vision.onnx", DECODER: path / "decoder.onnx"}
-    models = {name: _read(graph) for name, graph in graphs.items()}
-    set_capacity(models[DECODER], capacity)
-    profiles: dict[str, Sequence[Profile]] = {
-        VISION: [{"batch": (1, 1, pictures)}],
-        DECODER: decoder_profiles(reach),
+    profiles: dict[str, tuple[str, list[Profile]]] = {
+        VISION: ("vision.onnx", [{"batch": (1, 1, pictures)}]),
+        DECODER: ("decoder.onnx", decoder_profiles(spec, reach, tokens)),
     }
     folder, unfinished = path / FOLDER, path / f".{FOLDER}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -92,11 +83,11 @@ def build_engines(
     if (folder / TIMING).is_file():
         shutil.copy(folder / TIMING, unfinished)
     try:
-        for name, model in models.items():
-            plan = _Plan(model, graphs[name])
+        for name, (graph, of_graph) in profiles.items():
+            plan = _Plan(path / graph)
             plan.configure(gpu, workspace, watch)
-            (unfinished / name).write_bytes(plan.build(profiles[name], unfinished / TIMING))
-        sizes = {name: (unfinished / name).stat().st_size for name in models}
+            (unfinished / name).write_bytes(plan.build(of_graph, unfinished / TIMING))
+        sizes = {name: (unfinished / name).stat().st_size for name in profiles}
         built_for = Gpu("any", gpu.capability) if IS_RTX else gpu
         note = Note(digest, LIBRARY, VERSION, built_for, reach, sizes)
         (unfinished / NOTE).write_text(json.dumps(note.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -107,61 +98,50 @@ def build_engines(
     return folder
 
 
-def decoder_profiles(reach: Reach) -> list[Profile]:
+def decoder_profiles(spec: DecoderSpec, reach: Reach, tokens: int) -> list[Profile]:
     """The decoder's, as `runtime.tensorrt` numbers them: one engine's weights, tuned for two uses.
 
-    ``total_sequence_length`` decides how much of the cache is looked at, so it is a value that shapes
-    depend on, which TensorRT reads in the host's memory.
+    A picture is `tokens` tokens. ``total_sequence_length`` decides how much of the cache is looked at, so it
+    is a value that shapes depend on, which TensorRT reads in the host's memory.
     """
-    total = (1, max(1, reach.capacity // 2), reach.capacity)
-    context: Profile = {
+    shown = tokens * reach.pictures
+    both = {
+        "shown": (1, tokens, shown * reach.rows),
+        "total_sequence_length": (1, max(1, spec.context // 2), spec.context),
+    }
+    context: Profile = both | {
         "batch": (1, 1, reach.rows),
         "length": (1, max(1, reach.length // 2), reach.length),
         "wanted": (1, 1, reach.wanted),
-        "total_sequence_length": total,
     }
-    step: Profile = {
+    step: Profile = both | {
         "batch": (1, reach.rows, reach.rows),
         "length": (1, 1, 1),
         "wanted": (1, 1, 1),
-        "total_sequence_length": total,
     }
     return [context, step]
-
-
-def set_capacity(decoder: onnx.ModelProto, capacity: int) -> None:
-    """Make the cache's dimension ``capacity`` a number, which IKVCacheUpdateLayer wants."""
-    for value in [*decoder.graph.input, *decoder.graph.output]:
-        for dimension in value.type.tensor_type.shape.dim:
-            if dimension.dim_param == "capacity":
-                dimension.dim_value = capacity
-
-
-def _read(graph: Path) -> onnx.ModelProto:
-    """The graph without its weights; ExportError where TensorRT does not take it."""
-    model = onnx.load(graph, load_external_data=False)
-    if refused := unsupported(model, "tensorrt-rtx" if IS_RTX else "tensorrt"):
-        raise ExportError(
-            f"{graph} cannot become an engine: {refused[0]}; export with --target onnx-standard "
-            "--precision fp16 --cache float16"
-        )
-    return model
 
 
 class _Plan:
     """A graph on its way to an engine."""
 
-    def __init__(self, model: onnx.ModelProto, graph: Path) -> None:
-        self._model, self._graph, self._log = model, graph, Log()
+    def __init__(self, graph: Path) -> None:
+        self._graph, self._log = graph, Log()
         self._builder = trt.Builder(self._log)
         typed = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
         self._network = self._builder.create_network(1 << int(typed))
         self._parser = trt.OnnxParser(self._network, self._log)  # weights live in it
-        if not self._parser.parse(model.SerializeToString(), str(graph)):  # weights lie beside the graph
-            error = self._parser.get_error(0)
-            node = f" at {error.node_operator()} {error.node_name()}" if error.node_name() else ""
-            raise ExportError(f"{LIBRARY} {VERSION} does not take {graph}{node}: {_line(error.desc())}")
+        if not self._parser.parse_from_file(str(graph)):
+            raise ExportError(f"{LIBRARY} {VERSION} does not take {graph}{self._refusal()}")
         self._config = self._builder.create_builder_config()
+
+    def _refusal(self) -> str:
+        """Where the parser stopped, and why; of what is no graph it tells the log alone."""
+        if not self._parser.num_errors:
+            return f": {_line(self._log.reason)}"
+        error = self._parser.get_error(0)
+        node = f" at {error.node_operator()} {error.node_name()}" if error.node_name() else ""
+        return f"{node}: {_line(error.desc())}"
 
     def configure(self, gpu: Gpu, workspace: int | None, watch: Watch) -> None:
         """What holds for every graph."""
@@ -193,20 +173,16 @@ class _Plan:
 
     def _profile(self, sizes: Profile) -> Any:
         profile = self._builder.create_optimization_profile()
-        deciding = {
-            tensor.name
-            for tensor in map(self._network.get_input, range(self._network.num_inputs))
-            if tensor.is_shape_tensor
-        }
-        for value in self._model.graph.input:
-            shape = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
-            if value.name in deciding:
-                profile.set_shape_input(value.name, *([size] for size in sizes[value.name]))
-            elif any(isinstance(d, str) for d in shape):
-                profile.set_shape(
-                    value.name,
-                    *([sizes[d][i] if isinstance(d, str) else d for d in shape] for i in range(3)),
-                )
+        for tensor in map(self._network.get_input, range(self._network.num_inputs)):
+            if tensor.is_shape_tensor:
+                profile.set_shape_input(tensor.name, *([size] for size in sizes[tensor.name]))
+            elif -1 in tensor.shape:
+                shapes = [list(tensor.shape) for _ in range(3)]
+                varying = (i for i, size in enumerate(tensor.shape) if size == -1)
+                for i, dimension in zip(varying, VARYING.get(tensor.name, ("batch",)), strict=True):
+                    for shape, size in zip(shapes, sizes[dimension], strict=True):
+                        shape[i] = size
+                profile.set_shape(tensor.name, *shapes)
         return profile
 
     def _use(self, timing: Path) -> None:

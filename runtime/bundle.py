@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
@@ -71,11 +71,12 @@ class Bundle:
         threads: int | None = None,
         spin: bool = True,
     ) -> Bundle:
-        """Check the bundle at `path` and open its engines on `device`; on the CPU, packed ones (`packed`).
+        """Check the bundle at `path` and open its engines on `device`; packed ones where they fit (`packed`).
 
         "auto" is the best device that works for the bundle (`devices.choose`). On the CPU, `threads` None
         takes one for each core; with `spin` they wait awake for each other within a call, which is faster
-        unless something else wants their cores. Raises BundleError; DeviceError where the device does not
+        unless something else wants their cores. TensorRT opens what was built for it, and nothing else
+        (`tensorrt`). Raises BundleError; DeviceError where the device does not
         work or is not for the bundle; and EngineError when no ONNX Runtime is installed.
         """
         path = Path(path)
@@ -87,27 +88,37 @@ class Bundle:
         embeddings = _open_embeddings(path, manifest)
         chosen = devices.choose(wanted, manifest.target)
 
-        from dualfocus.runtime import onnx  # not at the top: `inspect` needs no engine
-
-        threads_used = onnx.Threads(threads, spin)
-        graphs = packed.graphs(path, digest) if chosen.kind == "cpu" else path
-        files = graphs / "vision.onnx", graphs / "decoder.onnx"
         image, spec = manifest.image, manifest.decoder
         vision: VisionEncoder
         decoder: Decoder
-        viewer, alone = None, Lock()
+        viewer = aside = ordered = None
         if manifest.target in ON_DEVICE:
             chosen.use()
             # The default stream, CuPy's, and the decoder's wait for each other; the tower's runs beside them.
             aside, ordered = chosen.stream(blocking=False), chosen.stream(blocking=True)
-            place = onnx.Place(chosen, threads_used, aside, half=True)
-            vision = onnx.OnnxDeviceVisionEncoder(files[0], image, spec.hidden, place)
-            recording = None if chosen.kind == "cpu" else alone
-            place = onnx.Place(chosen, threads_used, ordered, half=True, recording=recording)
-            decoder = onnx.OnnxDeviceDecoder(files[1], spec, place)
             embeddings = range(spec.vocabulary)
             if chosen.kind != "cpu" and cuda.available():
                 viewer = partial(view_on_device, image=image, device=chosen, stream=aside)
+        # Libraries are imported here and not at the top: `inspect` needs none, and one of them is enough.
+        if chosen.kind == "tensorrt":
+            from dualfocus.runtime import tensorrt
+
+            engines = tensorrt.load(path, digest, chosen.index)
+            vision = tensorrt.TensorRtVisionEncoder(engines, image, spec.hidden, chosen, aside)
+            decoder = tensorrt.TensorRtDecoder(engines, spec, chosen, ordered)
+            return cls(path, manifest, digest, chosen, vision, decoder, tokenizer, embeddings, viewer)
+
+        from dualfocus.runtime import onnx
+
+        threads_used, alone = onnx.Threads(threads, spin), Lock()
+        graphs = packed.graphs(path, digest, chosen)
+        files = graphs / "vision.onnx", graphs / "decoder.onnx"
+        if manifest.target in ON_DEVICE:
+            cache = graphs / packed.CACHE if graphs != path else None
+            place = onnx.Place(chosen, threads_used, aside, half=True, cache=cache)
+            vision = onnx.OnnxDeviceVisionEncoder(files[0], image, spec.hidden, place)
+            place = replace(place, stream=ordered, recording=None if chosen.kind == "cpu" else alone)
+            decoder = onnx.OnnxDeviceDecoder(files[1], spec, place)
         else:
             place = onnx.Place(chosen, threads_used)
             one_by_one = manifest.precision in ("int8", "int4")

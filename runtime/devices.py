@@ -69,7 +69,7 @@ SEEN: dict[Kind, str] = {
     "cpu": "run on x86-64 (AVX2, AVX-512), and on 64-bit ARM as an emulator runs it",
     "cuda": "never run on a GPU: its graphs on a CPU, its calls on an emulated GPU",
     "tensorrt-rtx": "never run on a GPU: its parser and builder take the graphs",
-    "tensorrt": "never run on a GPU: its operators and signatures were compared",
+    "tensorrt": "never run on a GPU: TensorRT-RTX builds the engines, the calls on an emulated GPU",
 }
 
 

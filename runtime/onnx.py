@@ -45,17 +45,31 @@ class Threads:
     spin: bool = True  # between two parts of a call, threads wait awake: right unless others want the cores
 
 
-def save_packed(source: Path, target: Path) -> None:
-    """Write the graph at `source`, its weights as the kernels read them beside it, to `target`."""
-    options = _options(Threads())
-    options.optimized_model_filepath = str(target)
-    for entry, value in {
-        "session.optimized_model_external_initializers_file_name": f"{target.name}.data",
-        "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
-        "session.save_external_prepacked_constant_initializers": "1",
-    }.items():
+def save_packed(source: Path, target: Path, device: Device) -> None:
+    """Write the graph at `source` to `target`, as `device` reads it.
+
+    For a CPU its weights are beside it as the kernels read them; for TensorRT-RTX, an engine is.
+    """
+    data = f"{target.name}.data"
+    if device.kind == "cpu":
+        options = _options(Threads())
+        options.optimized_model_filepath = str(target)
+        entries = {
+            "session.optimized_model_external_initializers_file_name": data,
+            "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+            "session.save_external_prepacked_constant_initializers": "1",
+        }
+    else:
+        options = _options(Threads(), half=True)
+        entries = {
+            "ep.context_enable": "1",
+            "ep.context_file_path": str(target),
+            "ep.context_embed_mode": "0",  # inside the graph, an engine may have 2 GB at most
+            "ep.context_model_external_initializers_file_name": data,
+        }
+    for entry, value in entries.items():
         options.add_session_config_entry(entry, value)
-    _session(source, options, Place())
+    _session(source, options, Place(device))
 
 
 def _options(threads: Threads, *, half: bool = False) -> ort.SessionOptions:
@@ -121,6 +135,14 @@ def _rtx_devices() -> list[Any]:
     return found
 
 
+def rtx_version() -> str:
+    """Of the TensorRT-RTX plug-in, which has to be there."""
+    import onnxruntime_ep_nv_tensorrt_rtx as rtx
+
+    version: str = rtx.__version__
+    return version
+
+
 @dataclass(frozen=True)
 class Place:
     """Where sessions run: a device, and how."""
@@ -132,6 +154,7 @@ class Place:
     # Steps that come again and again are recorded, and replayed as CUDA graphs. While one is recorded, CUDA
     # lets no other thread allocate: who works beside the decoder holds this meanwhile.
     recording: Lock | None = None
+    cache: Path | None = None  # a folder of TensorRT-RTX's, for what it compiles at the first start
 
 
 def _session(path: Path, options: ort.SessionOptions, place: Place) -> ort.InferenceSession:
@@ -140,8 +163,13 @@ def _session(path: Path, options: ort.SessionOptions, place: Place) -> ort.Infer
     if device.kind == "cuda":  # memory as much as is needed, and no search for the tower's one convolution
         chosen = {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
     if device.kind != "cpu":
-        chosen |= {"device_id": str(device.index), "user_compute_stream": str(place.stream.ptr)}
-        chosen["enable_cuda_graph"] = str(int(place.recording is not None))
+        chosen |= {"device_id": str(device.index), "enable_cuda_graph": str(int(place.recording is not None))}
+        if place.stream is not None:
+            chosen |= {"user_compute_stream": str(place.stream.ptr)}
+    if device.kind == "tensorrt-rtx":
+        chosen["has_user_compute_stream"] = str(int(place.stream is not None))
+        if place.cache is not None:
+            chosen["nv_runtime_cache_path"] = str(place.cache)
     try:
         if device.kind == "tensorrt-rtx":
             options.add_provider_for_devices([_rtx_devices()[device.index]], chosen)

@@ -1,9 +1,13 @@
-"""Graphs with their weights as this machine's kernels read them, beside a bundle's own.
+"""Graphs as this machine reads them, beside a bundle's own.
 
 ONNX Runtime repacks weights whenever it opens a graph, which is the longer part of a start and takes private
 memory of their size. `pack` keeps what comes of it in the bundle's folder ``packed``, whose files are mapped
 instead: shared by processes, and dropped by the system when memory is short. They fit one kind of processor
 and one version of ONNX Runtime. With any other, and where they are incomplete, they are passed over.
+
+For tensorrt-rtx the folder is ``packed-rtx``: graphs that name the engines beside them (EP context), and what
+their kernels were compiled to, in ``cache``. The names of the options were looked up in the plug-in; what it
+makes of them was never seen, for want of a GPU.
 """
 
 from __future__ import annotations
@@ -16,62 +20,69 @@ from pathlib import Path
 from typing import Any
 
 from dualfocus import kernels
+from dualfocus.runtime import devices
+from dualfocus.runtime.devices import CPU, Device, Kind
 from dualfocus.runtime.errors import BundleError
 
-FOLDER, NOTE = "packed", "packed.json"  # the note is written last
+FOLDERS: dict[Kind, str] = {"cpu": "packed", "tensorrt-rtx": "packed-rtx"}
+NOTE = "packed.json"  # written last
+CACHE = "cache"  # of compiled kernels, which come with use
 GRAPHS = ("vision.onnx", "decoder.onnx")
 
 
-def pack(path: Path, digest: str) -> Path:
-    """Pack the weights of the bundle at `path`, which `digest` names.
+def pack(path: Path, digest: str, device: Device = CPU) -> Path:
+    """Pack the graphs of the bundle at `path`, which `digest` names, for a CPU or TensorRT-RTX.
 
     Returns the folder. Raises BundleError where the disk has no room for it, EngineError where there is no
     ONNX Runtime.
     """
     from dualfocus.runtime.onnx import save_packed
 
+    folder = path / FOLDERS[device.kind]
+
     size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     # the packed weights are stored behind the weights they were made from, and are about as large
     if (free := shutil.disk_usage(path).free) < 2.5 * size:
         raise BundleError(f"{path} has room for {free / 1e9:.1f} GB, packing may take {2.5 * size / 1e9:.1f}")
-    unfinished = path / f".{FOLDER}.unfinished"
+    unfinished = path / f".{folder.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     try:
         for graph in GRAPHS:
-            save_packed(path / graph, unfinished / graph)
+            save_packed(path / graph, unfinished / graph, device)
         sizes = {file.name: file.stat().st_size for file in unfinished.iterdir()}
-        note = {"made_for": _made_for(digest), "sizes": sizes}
+        note = {"made_for": _made_for(digest, device), "sizes": sizes}
         (unfinished / NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(path / FOLDER, ignore_errors=True)
-        unfinished.rename(path / FOLDER)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return path / FOLDER
+    return folder
 
 
-def graphs(path: Path, digest: str) -> Path:
-    """The folder whose graphs are to be opened for the bundle at `path`: its ``packed``, or itself."""
-    folder = path / FOLDER
+def graphs(path: Path, digest: str, device: Device = CPU) -> Path:
+    """The folder whose graphs are to be opened for the bundle at `path`: one of packed ones, or itself."""
+    if device.kind not in FOLDERS:
+        return path
+    folder = path / FOLDERS[device.kind]
     try:
         note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
-        fits = note["made_for"] == _made_for(digest)
+        fits = note["made_for"] == _made_for(digest, device)
         whole = all((folder / name).stat().st_size == size for name, size in note["sizes"].items())
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return path
     return folder if fits and whole else path
 
 
-def _made_for(digest: str) -> dict[str, Any]:
-    """What has to be the same for packed weights to be read."""
-    from dualfocus.runtime.onnx import VERSION
+def _made_for(digest: str, device: Device) -> dict[str, Any]:
+    """What has to be the same for packed graphs to be read."""
+    from dualfocus.runtime.onnx import VERSION, rtx_version
 
-    return {
-        "bundle": digest,
-        "onnxruntime": VERSION,
-        "processor": _processor(),
-        "kernels": list(kernels.available()),
-    }
+    same = {"bundle": digest, "onnxruntime": VERSION}
+    if device.kind == "cpu":
+        return same | {"processor": _processor(), "kernels": list(kernels.available())}
+    gpu = devices.gpus()[device.index]
+    return same | {"provider": rtx_version(), "gpu": f"{gpu.name} {gpu.compute_capability}"}
 
 
 def _processor() -> str:

@@ -2,20 +2,32 @@
 
 `export.tensorrt` builds them into the bundle's folder ``engines``. They fit one bundle, one version of the
 library and one model of GPU; with any other they are refused, because TensorRT itself would refuse some
-and run others slowly. Nothing here was run on a GPU yet: what is tested is what surrounds the library.
+and run others slowly.
+
+No engine was run on a GPU yet. TensorRT-RTX's builder took the graphs; every call that is made here was made
+of a stand-in that checks names, shapes, profiles and addresses and computes on a CPU.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
 import mmap
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from dualfocus.runtime.errors import BundleError, EngineError
+import numpy as np
+
+from dualfocus.runtime import devices
+from dualfocus.runtime.cache import KVCache
+from dualfocus.runtime.calls import Call, DeviceDecoder
+from dualfocus.runtime.devices import Device
+from dualfocus.runtime.engines import Array, TokenIds
+from dualfocus.runtime.errors import BundleError, DeviceError, EngineError
+from dualfocus.runtime.manifest import DecoderSpec, ImageSpec
 
 try:
     import tensorrt as trt
@@ -32,9 +44,9 @@ library: Any = trt
 LIBRARY: str = trt.__name__
 VERSION: str = trt.__version__
 IS_RTX = LIBRARY == "tensorrt_rtx"
-REBUILD = "build them again on this machine with dualfocus.export.tensorrt.build_engines"
-
-MAJOR, MINOR = 75, 76  # cuda.h: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+REBUILD = "build them on this machine with `dualfocus pack {} --device tensorrt`"
+# The cache is looked at in steps of so many tokens: each new number has TensorRT infer all shapes anew.
+TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,6 @@ class Reach:
     """The largest calls that engines take."""
 
     rows: int  # of the cache in one call
-    capacity: int  # tokens in a row; the cache's tensors have this size
     length: int  # tokens appended to a row in one call
     wanted: int  # positions of a row whose logits are given
     pictures: int  # in one call of the tower
@@ -104,39 +115,27 @@ class Engines:
     """A bundle's engines, opened: `ICudaEngine`s, from which contexts are made."""
 
     runtime: Any  # lives as long as they do
+    log: Log
     vision: Any
     decoder: Any
     reach: Reach
 
 
 def find_gpu(index: int = 0) -> Gpu:
-    """The GPU number `index`, as the driver counts those it shows; EngineError where there is none."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        raise EngineError("no NVIDIA driver is installed: there is no libcuda.so.1") from None
-    device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    calls = (
-        ("cuInit", (0,)),
-        ("cuDeviceGet", (ctypes.byref(device), index)),
-        ("cuDeviceGetName", (name, len(name), device)),
-        ("cuDeviceGetAttribute", (ctypes.byref(major), MAJOR, device)),
-        ("cuDeviceGetAttribute", (ctypes.byref(minor), MINOR, device)),
-    )
-    for function, arguments in calls:
-        if code := getattr(cuda, function)(*arguments):
-            raise EngineError(f"the NVIDIA driver shows no GPU {index}: {function} gave error {code}")
-    return Gpu(name.value.decode(), f"{major.value}.{minor.value}")
+    """The GPU number `index`; DeviceError where there is none."""
+    found = devices.gpus()
+    if index >= len(found):
+        raise DeviceError(f"there is no GPU {index}, {len(found)} found")
+    return Gpu(found[index].name, found[index].compute_capability)
 
 
-def load(path: Path, digest: str) -> Engines:
-    """Open the engines of the bundle at `path`, which `digest` names; plans are mapped, not read.
+def load(path: Path, digest: str, index: int = 0) -> Engines:
+    """Open the engines of the bundle at `path`, which `digest` names, on GPU `index`, which is in use.
 
-    Raises BundleError where there are none, or they are another's, another version's, another GPU's or
-    damaged; EngineError where there is no GPU.
+    Plans are mapped, not read. Raises BundleError where there are none, or they are another's, another
+    version's, another GPU's or damaged; DeviceError where there is no GPU.
     """
-    note, gpu = _note(path), find_gpu()
+    note, gpu = _note(path), find_gpu(index)
     folder = path / FOLDER
     for what, found, expected in (
         ("bundle", note.bundle, digest),
@@ -144,11 +143,17 @@ def load(path: Path, digest: str) -> Engines:
         ("GPU", str(note.gpu), str(gpu if note.gpu.name != "any" else Gpu("any", gpu.capability))),
     ):
         if found != expected:
-            raise BundleError(f"{folder} was built for the {what} {found}, this is {expected}: {REBUILD}")
+            raise BundleError(
+                f"{folder} was built for the {what} {found}, this is {expected}: {_rebuild(path)}"
+            )
     log = Log()
     runtime = trt.Runtime(log)
     vision, decoder = (_open(runtime, log, folder / name, note.sizes[name]) for name in (VISION, DECODER))
-    return Engines(runtime, vision, decoder, note.reach)
+    return Engines(runtime, log, vision, decoder, note.reach)
+
+
+def _rebuild(path: Path) -> str:
+    return REBUILD.format(path)
 
 
 def _note(path: Path) -> Note:
@@ -156,17 +161,146 @@ def _note(path: Path) -> Note:
     try:
         return Note.from_dict(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise BundleError(f"{path} has no engines: {REBUILD}") from None
+        raise BundleError(f"{path} has no engines: {_rebuild(path)}") from None
     except (OSError, ValueError, LookupError, TypeError):
-        raise BundleError(f"{file} is damaged: {REBUILD}") from None
+        raise BundleError(f"{file} is damaged: {_rebuild(path)}") from None
 
 
 def _open(runtime: Any, log: Log, file: Path, size: int) -> Any:
     found = file.stat().st_size if file.is_file() else 0
     if found != size or not size:
-        raise BundleError(f"{file} has {found} bytes, expected {size}: {REBUILD}")
+        raise BundleError(f"{file} has {found} bytes, expected {size}: {_rebuild(file.parent.parent)}")
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as plan:
         engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise BundleError(f"{file} cannot be opened by {LIBRARY} {VERSION}: {log.reason}")
     return engine
+
+
+class _Memory(NamedTuple):
+    """Where a tensor is."""
+
+    address: int
+    shape: tuple[int, ...] | None = None  # None: an output's, which follows from the inputs'
+
+
+def _memory(array: Array, *, is_output: bool = False) -> _Memory:
+    """Of an array on the device, or on the host."""
+    address = array.__array_interface__["data"][0] if type(array) is np.ndarray else array.data.ptr
+    return _Memory(address, None if is_output else array.shape)
+
+
+class _Context:
+    """Runs an engine on a stream, with one of its optimisation profiles."""
+
+    def __init__(self, engine: Any, log: Log, profile: int, stream: Any) -> None:
+        """Memory for what it computes between inputs and outputs is of the profile's largest call."""
+        self._log, self._stream = log, stream
+        self._told: dict[str, _Memory] = {}
+        self._lock = threading.Lock()  # of one context, calls are made one after the other
+        self._context = engine.create_execution_context(
+            trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        )
+        self._check(self._context is not None, "create a context")
+        self._check(
+            self._context.set_optimization_profile_async(profile, stream.ptr), f"take profile {profile}"
+        )
+
+    def run(self, bound: Mapping[str, _Memory]) -> None:
+        """Queue a call over all inputs and outputs, by name. A scalar is on the host, and read now."""
+        with self._lock:
+            for name, memory in bound.items():
+                if self._told.get(name) == memory and memory.shape != ():
+                    continue
+                self._check(self._context.set_tensor_address(name, memory.address), f"take {name}")
+                if memory.shape:
+                    of_shape = f"take {name} of shape {memory.shape}"
+                    self._check(self._context.set_input_shape(name, memory.shape), of_shape)
+                self._told[name] = memory
+            self._check(self._context.execute_async_v3(self._stream.ptr), "run")
+
+    def _check(self, done: bool, what: str) -> None:
+        if not done:
+            raise DeviceError(f"{LIBRARY} {VERSION} does not {what}: {self._log.reason}")
+
+
+class TensorRtVisionEncoder:
+    """`engines.VisionEncoder` on TensorRT: image tokens stay on the device."""
+
+    def __init__(self, engines: Engines, spec: ImageSpec, hidden: int, device: Device, stream: Any) -> None:
+        """Work is queued on `stream`, CuPy's, beside the default one's."""
+        self._context = _Context(engines.vision, engines.log, 0, stream)
+        self._most, self._device, self._stream = engines.reach.pictures, device, stream
+        self._shape = spec.tokens, hidden
+
+    def encode(self, pixels: Array) -> Array:
+        """As `engines.VisionEncoder.encode`; what is more than one call takes is encoded after it."""
+        memory = self._device.memory
+        with self._stream:
+            seen = memory.asarray(pixels, np.float16)
+            features = memory.empty((len(seen), *self._shape), np.float16)
+            for start in range(0, len(seen), self._most):
+                now = slice(start, start + self._most)
+                self._context.run(
+                    {
+                        "pixel_values": _memory(seen[now]),
+                        "image_features": _memory(features[now], is_output=True),
+                    }
+                )
+            self._stream.synchronize()
+        return features
+
+
+class TensorRtDecoder(DeviceDecoder):
+    """`engines.Decoder` on TensorRT: appends run with one profile of its engine, steps with another."""
+
+    def __init__(self, engines: Engines, spec: DecoderSpec, device: Device, stream: Any) -> None:
+        """Work is queued on `stream`, CuPy's, which the default one waits for."""
+        super().__init__(spec, device, engines.reach.rows)
+        self._reach = engines.reach
+        self._contexts = [
+            _Context(engines.decoder, engines.log, profile, stream) for profile in (CONTEXT, GENERATION)
+        ]
+
+    def extend(
+        self,
+        cache: KVCache,
+        rows: Sequence[int],
+        embeddings: Sequence[TokenIds],
+        logits_at: Sequence[Sequence[int]],
+    ) -> list[Any]:
+        """As `engines.Decoder.extend`; what is more than one call takes is appended piece by piece."""
+        assert cache.capacity == self._spec.context, "an engine's cache is as long as the model's context"
+        found: list[list[Any]] = [[] for _ in rows]
+        done = [0] * len(rows)
+        while left := [i for i, chunk in enumerate(embeddings) if done[i] < len(chunk)]:
+            pieces, wanted = [], []
+            for i in left:
+                start, stop = done[i], min(done[i] + self._reach.length, len(embeddings[i]))
+                assert list(logits_at[i]) == sorted(logits_at[i])
+                at = [position for position in logits_at[i] if start <= position < stop]
+                if len(at) > self._reach.wanted:
+                    stop = at[self._reach.wanted]
+                pieces.append(TokenIds(embeddings[i].ids[start:stop], embeddings[i].images))
+                wanted.append([position - start for position in at if position < stop])
+                done[i] = stop
+            for i, logits in zip(
+                left, super().extend(cache, [rows[i] for i in left], pieces, wanted), strict=True
+            ):
+                found[i] += logits
+        return found
+
+    def _call(self, cache: KVCache, first: int, stop: int, longest: int, wanted: int) -> Call:
+        return super()._call(cache, first, stop, longest, max(wanted, 1))  # which no profile can be without
+
+    def _total(self, call: Call, longest_row: int, capacity: int) -> int:
+        return min(-(-longest_row // TOKENS) * TOKENS, capacity)
+
+    def _new_binding(self) -> dict[str, _Memory]:
+        return {}
+
+    def _bind(self, binding: dict[str, _Memory], name: str, array: Array, *, is_output: bool = False) -> None:
+        binding[name] = _memory(array, is_output=is_output)
+
+    def _execute(self, call: Call) -> None:
+        self._contexts[GENERATION if call.is_step else CONTEXT].run(call.binding)

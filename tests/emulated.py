@@ -104,6 +104,8 @@ class _Stream(nullcontext):  # type: ignore[type-arg]
         super().__init__()
         self.ptr = 7 if non_blocking else 8
 
+    def synchronize(self) -> None: ...
+
 
 class _Session:
     """A session on the CPU that takes the addresses of a GPU's memory."""

@@ -1,12 +1,13 @@
 """TensorRT's Python API, as far as it is called here, without TensorRT.
 
-It parses as the real parser was seen to: of what `operators` lists, with a cache whose capacity is a number,
-and weights beside the path that it is given. A plan is text that tells what was asked for.
+It parses what `operators` lists. A plan is text that tells what was asked for; its engine computes with ONNX
+Runtime on the CPU, on what is at the addresses that it is told, if all are there and fit the profile.
 test_tensorrt.py compares the signatures with the real ones, wherever those are installed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import importlib
 import json
@@ -16,7 +17,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 
 from dualfocus.export.operators import unsupported
@@ -30,11 +33,16 @@ Modules = tuple[Any, Any]
 def imported(monkeypatch: pytest.MonkeyPatch, tensorrt: ModuleType | None) -> Iterator[Modules]:
     """Our modules, anew, over `tensorrt`; over TensorRT-RTX if that is None."""
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt)
-    for name in OURS:
-        sys.modules.pop(name, None)
+    _forget()
     yield tuple(map(importlib.import_module, OURS))
+    _forget()
+
+
+def _forget() -> None:
     for name in OURS:
+        package, _, module = name.rpartition(".")
         sys.modules.pop(name, None)
+        vars(importlib.import_module(package)).pop(module, None)
 
 
 class ILogger:
@@ -71,6 +79,7 @@ class ITensor:
 class INetworkDefinition:
     def __init__(self) -> None:
         self.inputs: list[ITensor] = []
+        self._graph = ""
 
     @property
     def num_inputs(self) -> int:
@@ -96,18 +105,26 @@ class ParserError:
 
 class OnnxParser:
     def __init__(self, network: INetworkDefinition, logger: ILogger) -> None:
-        self._network, self._errors = network, list[ParserError]()
+        self._network, self._logger, self._errors = network, logger, list[ParserError]()
 
-    def parse(self, model: bytes, path: str | None = None) -> bool:
-        assert path is not None
-        parsed = onnx.load_model_from_string(model)
-        assert not unsupported(parsed, "tensorrt")
+    def parse_from_file(self, model: str) -> bool:
+        self._network._graph = model
+        try:
+            parsed = onnx.load(model, load_external_data=False)
+        except Exception:  # protobuf's
+            self._logger.log(ILogger.Severity.ERROR, "ModelImporter.cpp: Failed to parse ONNX model")
+            return False
+        if refused := unsupported(parsed, "tensorrt"):
+            self._errors.append(ParserError(f"{refused[0]}.\nmore"))
+            return False
         beside = {e.value for t in parsed.graph.initializer for e in t.external_data if e.key == "location"}
-        assert all((Path(path).parent / name).is_file() for name in beside)
+        assert all((Path(model).parent / name).is_file() for name in beside)
         self._network.inputs += map(ITensor, parsed.graph.input)
-        if any(tensor.name.startswith("past") and tensor.shape[2] == -1 for tensor in self._network.inputs):
-            self._errors.append(ParserError("The KV cache must have a static sequence length.\nmore"))
-        return not self._errors
+        return True
+
+    @property
+    def num_errors(self) -> int:
+        return len(self._errors)
 
     def get_error(self, index: int) -> ParserError:
         return self._errors[index]
@@ -210,17 +227,82 @@ class Builder:
         for step in range(2):
             assert config.progress_monitor.step_complete("Building engine", step)
         config.progress_monitor.phase_finish("Building engine")
-        told = {"profiles": [profile.shapes | profile.values for profile in config.profiles]}
+        profiles = [profile.shapes | profile.values for profile in config.profiles]
+        told = {"graph": network._graph, "profiles": profiles}
         return json.dumps(told).encode()
+
+
+class ExecutionContextAllocationStrategy(enum.IntEnum):
+    ON_PROFILE_CHANGE = 1
+
+
+class IExecutionContext:
+    def __init__(self, told: dict[str, Any], logger: ILogger) -> None:
+        self._session = ort.InferenceSession(told["graph"], providers=["CPUExecutionProvider"])
+        self._told, self._logger = told, logger
+        self._profile: dict[str, Any] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        assert stream_handle
+        self._profile = self._told["profiles"][profile_index]
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        least, _, most = self._profile[name]
+        if not all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True)):
+            self._logger.log(ILogger.Severity.ERROR, f"{name}: {shape} is not in {least} to {most}\nmore")
+            return False
+        self._shapes[name] = shape
+        return True
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        self._addresses[name] = memory
+        return True
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        assert stream_handle
+        binding, sizes = self._session.io_binding(), dict[str, int]()
+        for node in self._session.get_inputs():
+            shape = self._shapes[node.name] if node.shape else ()
+            sizes |= {d: size for d, size in zip(node.shape, shape, strict=True) if isinstance(d, str)}
+            bind(binding.bind_input, node, shape, self._addresses[node.name])
+            if not shape:
+                (least,), _, (most,) = self._profile[node.name]
+                value = ctypes.c_int32.from_address(self._addresses[node.name]).value
+                assert least <= value <= most
+                assert value % 64 == 0 or value == most, "as many shapes as there are lengths"
+        for node in self._session.get_outputs():
+            if node.name.startswith("present"):
+                past = node.name.replace("present", "past_key_values")
+                assert self._addresses[node.name] == self._addresses[past]
+            shape = tuple(sizes.get(d, d) for d in node.shape)
+            bind(binding.bind_output, node, shape, self._addresses[node.name])
+        self._session.run_with_iobinding(binding)
+        return True
+
+
+def bind(binder: Any, node: Any, shape: tuple[int, ...], address: int) -> None:
+    names = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int32)": np.int32}
+    binder(node.name, "cpu", 0, names.get(node.type, np.int64), shape, address)
+
+
+class ICudaEngine:
+    def __init__(self, told: dict[str, Any], logger: ILogger) -> None:
+        self._told, self._logger = told, logger
+
+    def create_execution_context(self, strategy: ExecutionContextAllocationStrategy) -> IExecutionContext:
+        return IExecutionContext(self._told, self._logger)
 
 
 class Runtime:
     def __init__(self, logger: ILogger) -> None:
         self._logger = logger
 
-    def deserialize_cuda_engine(self, serialized_engine: Any) -> Any:
+    def deserialize_cuda_engine(self, serialized_engine: Any) -> ICudaEngine | None:
         try:
-            return json.loads(bytes(serialized_engine))
+            return ICudaEngine(json.loads(bytes(serialized_engine)), self._logger)
         except ValueError:
             self._logger.log(ILogger.Severity.ERROR, "Serialization assertion failed.")
             return None

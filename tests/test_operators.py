@@ -24,6 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 from dualfocus.export.bundle import export_bundle
 from dualfocus.export.errors import ExportError
 from dualfocus.export.operators import CONSUMERS, Consumer, types_of, unsupported
+from dualfocus.runtime.bundle import read_manifest
 from dualfocus.runtime.manifest import CacheType, Precision, Target
 
 CHECKPOINT = Path(__file__).parent.parent / "train" / "checkpoint"
@@ -278,14 +279,16 @@ def rtx() -> Iterator[Any]:
             yield export
 
 
-def is_taken(rtx: Any, graph: Path, timing: Path) -> bool:
-    model = load(graph)
-    reach = rtx.Reach(rows=2, length=32, wanted=4, pictures=2)
-    decoder = rtx.decoder_profiles(reach, capacity=64, tokens=16)
+def is_taken(rtx: Any, bundle: Path, graph: str, timing: Path) -> bool:
+    spec = read_manifest(bundle)[0].decoder
+    profiles = [{"batch": (1, 1, 2)}]
+    if graph == "decoder.onnx":
+        reach = rtx.Reach(rows=2, length=32, wanted=4, pictures=2)
+        profiles = rtx.decoder_profiles(spec, reach, 16)
     try:
-        plan = rtx._Plan(model, graph)
+        plan = rtx._Plan(bundle / graph)
         plan.configure(rtx.Gpu("any", "8.9"), None, lambda *_: None)
-        return bool(plan.build(decoder if graph.name == "decoder.onnx" else [{"batch": (1, 1, 2)}], timing))
+        return bool(plan.build(profiles, timing))
     except ExportError:
         return False
 
@@ -295,5 +298,5 @@ def is_taken(rtx: Any, graph: Path, timing: Path) -> bool:
 def test_tensorrt_rtx_takes_what_the_table_says(
     rtx: Any, graphs: Graphs, form: Form, graph: str, tmp_path: Path
 ) -> None:
-    path = graphs(form) / graph
-    assert is_taken(rtx, path, tmp_path / "timing") == (not unsupported(load(path), "tensorrt-rtx"))
+    taken = is_taken(rtx, graphs(form), graph, tmp_path / "timing")
+    assert taken == (not unsupported(load(graphs(form) / graph), "tensorrt-rtx"))

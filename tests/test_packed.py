@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import emulated
 import numpy as np
 import pytest
 import tiny
@@ -14,9 +18,10 @@ from typer.testing import CliRunner
 
 from dualfocus import cli
 from dualfocus.export import export_bundle
-from dualfocus.runtime import Bundle, packed
+from dualfocus.runtime import Bundle, onnx, packed
 from dualfocus.runtime.bundle import read_manifest
 from dualfocus.runtime.cache import KVCache
+from dualfocus.runtime.devices import Device
 from dualfocus.runtime.errors import BundleError
 from dualfocus.runtime.manifest import Precision
 
@@ -129,3 +134,89 @@ def test_the_command(tiny_bundle: Path, tmp_path: Path) -> None:
     refused = run(cli.app, ["pack", str(tmp_path)])
     assert refused.exit_code == 2
     assert refused.stderr.count("\n") == 1
+
+
+# ---- TensorRT-RTX, of whose plug-in only the calls are seen ----
+
+RTX = Device("tensorrt-rtx")
+
+
+@pytest.fixture(scope="module")
+def for_gpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpu")
+    checkpoint = tiny.build(folder / "checkpoint")
+    export_bundle(checkpoint, folder / "bundle", target="cuda", precision="fp16", progress=lambda _: None)
+    return folder / "bundle"
+
+
+class Options:
+    """A session's."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, str] = {}
+        self.provider: dict[str, str] = {}
+
+    def add_session_config_entry(self, entry: str, value: str) -> None:
+        self.entries[entry] = value
+
+    def add_provider_for_devices(self, devices: list[str], chosen: dict[str, str]) -> None:
+        assert devices == ["the GPU"]
+        self.provider = chosen
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> dict[Path, Options]:
+    """Which graphs sessions were opened on, and how; an engine is a copy of its graph, run on the CPU."""
+    found: dict[Path, Options] = {}
+    real = onnx.ort.InferenceSession
+
+    def session(path: Path, options: Options) -> Any:
+        found[path] = options
+        if target := options.entries.get("ep.context_file_path"):
+            for file in path.parent.glob(f"*{path.stem}*"):
+                shutil.copy(file, Path(target).parent)
+            shutil.copy(path.parent / "embeddings.npy", Path(target).parent)
+        return emulated._Session(real(path, providers=["CPUExecutionProvider"]))
+
+    plug_in = SimpleNamespace(__version__="0.5.0")
+    monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", plug_in)
+    monkeypatch.setitem(sys.modules, "cupy", emulated.cupy())
+    monkeypatch.setattr(onnx, "problem", lambda _: None)
+    monkeypatch.setattr(onnx, "_rtx_devices", lambda: ["the GPU"])
+    monkeypatch.setattr(onnx.ort, "SessionOptions", Options)
+    monkeypatch.setattr(onnx.ort, "InferenceSession", session)
+    return found
+
+
+def test_the_plug_in_keeps_its_engines(for_gpu: Path, opened: dict[Path, Options]) -> None:
+    _, digest = read_manifest(for_gpu)
+    folder = packed.pack(for_gpu, digest, RTX)
+    assert folder == for_gpu / "packed-rtx"
+    for graph in ("vision.onnx", "decoder.onnx"):
+        told = opened[for_gpu / graph].entries
+        assert told["ep.context_enable"] == "1"
+        assert told["ep.context_file_path"].endswith(f".packed-rtx.unfinished/{graph}")
+        assert opened[for_gpu / graph].provider["has_user_compute_stream"] == "0"
+    Bundle.open(for_gpu, device="tensorrt-rtx")
+    provider = opened[folder / "decoder.onnx"].provider
+    assert provider["has_user_compute_stream"] == provider["enable_cuda_graph"] == "1"
+    assert provider["user_compute_stream"] == "8"
+    assert provider["nv_runtime_cache_path"] == str(folder / "cache")
+    assert opened[folder / "vision.onnx"].provider["user_compute_stream"] == "7"
+
+    note = folder / "packed.json"
+    raw = json.loads(note.read_text())
+    assert raw["made_for"]["gpu"] == "Emulated 9.0"
+    for name in ("bundle", "onnxruntime", "provider", "gpu"):
+        note.write_text(json.dumps({**raw, "made_for": raw["made_for"] | {name: "another"}}))
+        opened.clear()
+        Bundle.open(for_gpu, device="tensorrt-rtx")
+        assert set(opened) == {for_gpu / "vision.onnx", for_gpu / "decoder.onnx"}
+        assert "nv_runtime_cache_path" not in opened[for_gpu / "decoder.onnx"].provider
+
+
+def test_for_cuda_there_is_nothing_to_pack(for_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulated.install(monkeypatch)
+    refused = CliRunner().invoke(cli.app, ["pack", str(for_gpu), "--device", "cuda"])
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("dualfocus: for cuda:0 there is nothing to pack")

@@ -1,12 +1,11 @@
 """Engines are built whole, and opened only where they fit.
 
-With a fake of the library, and with TensorRT-RTX's own builder where it is installed, which needs no GPU.
-No engine was ever run here.
+With a fake of the library, whose engines compute on the CPU, on an emulated GPU (`emulated`); and with
+TensorRT-RTX's own builder where it is installed, which needs no GPU. No real engine was ever run here.
 """
 
 from __future__ import annotations
 
-import ctypes
 import enum
 import inspect
 import json
@@ -14,68 +13,54 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import emulated
 import fake_tensorrt
+import numpy as np
 import pytest
 import tiny
 from fake_tensorrt import Modules, imported
+from test_devices import QUESTIONS
+from test_parity import picture
+from typer.testing import CliRunner
 
-from dualfocus.export import ExportError, export_bundle
+from dualfocus.cli import app
+from dualfocus.export import ExportError, export_bundle, operators
+from dualfocus.runtime import Bundle, FocusRunner, PlainRunner
 from dualfocus.runtime.bundle import read_manifest
-from dualfocus.runtime.errors import BundleError, EngineError
+from dualfocus.runtime.cache import KVCache
+from dualfocus.runtime.devices import Device
+from dualfocus.runtime.engines import TokenIds
+from dualfocus.runtime.errors import BundleError, DeviceError, EngineError
+from dualfocus.runtime.manifest import Precision
+from dualfocus.runtime.result import FocusResult
 
-
-class Driver:
-    """libcuda's functions that are called, of a machine with one GPU."""
-
-    name, major, minor = b"NVIDIA Test", 8, 9
-
-    def cuInit(self, flags: int) -> int:  # noqa: N802
-        return 0
-
-    def cuDeviceGet(self, device: Any, ordinal: int) -> int:  # noqa: N802
-        return 0 if ordinal == 0 else 101
-
-    def cuDeviceGetName(self, name: Any, size: int, device: Any) -> int:  # noqa: N802
-        name.value = self.name
-        return 0
-
-    def cuDeviceGetAttribute(self, number: Any, attribute: int, device: Any) -> int:  # noqa: N802
-        number._obj.value = {75: self.major, 76: self.minor}[attribute]
-        return 0
+GPU = "Emulated"  # of compute capability 9.0
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    driver = Driver()
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
-    return driver
-
-
-@pytest.fixture
-def ours(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> Iterator[Modules]:
+def ours(monkeypatch: pytest.MonkeyPatch) -> Iterator[Modules]:
     """`runtime.tensorrt` and `export.tensorrt` over the fake, which calls itself TensorRT."""
+    emulated.install(monkeypatch)
     monkeypatch.setattr(fake_tensorrt, "__name__", "tensorrt")
     yield from imported(monkeypatch, fake_tensorrt)
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.build(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle that can become engines."""
-    folder = tmp_path_factory.mktemp("standard")
-    checkpoint = tiny.build(folder / "checkpoint")
-    export_bundle(
-        checkpoint,
-        folder / "bundle",
-        target="onnx-standard",
-        precision="fp16",
-        cache="float16",
-        progress=lambda _: None,
-    )
-    return folder / "bundle"
+    out = tmp_path_factory.mktemp("tensorrt") / "bundle"
+    export_bundle(checkpoint, out, target="tensorrt", precision="fp16", progress=lambda _: None)
+    return out
 
 
 @pytest.fixture
@@ -101,16 +86,19 @@ def test_the_engines_and_their_note(ours: Modules, bundle: Path) -> None:
     note = runtime.Note.from_dict(json.loads((folder / "engines.json").read_text()))
     assert note.bundle == digest(bundle)
     assert (note.library, note.version) == ("tensorrt", "10.15.1")
-    assert note.gpu == runtime.Gpu("NVIDIA Test", "8.9")
-    assert note.reach == runtime.Reach(rows=2, capacity=1024, length=300, wanted=8, pictures=2)
+    assert note.gpu == runtime.Gpu(GPU, "9.0")
+    assert note.reach == runtime.Reach(rows=2, length=300, wanted=8, pictures=2)
 
     engines = runtime.load(bundle, digest(bundle))
     assert engines.reach == note.reach
-    assert engines.vision["profiles"] == [{"pixel_values": [[n, 3, 56, 56] for n in (1, 1, 2)]}]
-    context, generation = (engines.decoder["profiles"][i] for i in (runtime.CONTEXT, runtime.GENERATION))
-    assert context["inputs_embeds"] == [[1, 1, 64], [1, 150, 64], [2, 300, 64]]
+    assert engines.vision._told["profiles"] == [{"pixel_values": [[n, 3, 56, 56] for n in (1, 1, 2)]}]
+    context, generation = (
+        engines.decoder._told["profiles"][i] for i in (runtime.CONTEXT, runtime.GENERATION)
+    )
+    assert context["tokens"] == [[1, 1], [1, 150], [2, 300]]
+    assert context["images"] == generation["images"] == [[1, 64], [16, 64], [64, 64]]
     assert context["logits_at"] == [[1, 1], [1, 1], [2, 8]]
-    assert generation["inputs_embeds"] == [[1, 1, 64], [2, 1, 64], [2, 1, 64]]
+    assert generation["tokens"] == [[1, 1], [2, 1], [2, 1]]
     assert generation["past_key_values.1.value"] == [[n, 2, 1024, 16] for n in (1, 2, 2)]
     assert generation["query_seqlens"] == [[1], [2], [2]]
     assert generation["total_sequence_length"] == [[1], [512], [1024]]
@@ -147,11 +135,11 @@ SPOIL: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another GPU": (
         lambda b: rewrite(b, lambda n: n["gpu"].update(name="NVIDIA Other")),
-        "the GPU NVIDIA Other of compute capability 8.9, this is NVIDIA Test of compute capability 8.9: ",
+        "the GPU NVIDIA Other of compute capability 9.0, this is Emulated of compute capability 9.0: ",
     ),
     "another capability": (
         lambda b: rewrite(b, lambda n: n.update(gpu={"name": "any", "capability": "12.0"})),
-        "the GPU any of compute capability 12.0, this is any of compute capability 8.9: ",
+        "the GPU any of compute capability 12.0, this is any of compute capability 9.0: ",
     ),
     "a torn plan": (
         lambda b: (b / "engines" / "decoder.engine").write_bytes(b"torn"),
@@ -185,7 +173,7 @@ def test_what_does_not_fit_is_refused(
     with pytest.raises(BundleError, match=re.escape(told)) as refused:
         runtime.load(bundle, digest(bundle))
     assert "\n" not in str(refused.value)
-    assert str(refused.value).endswith(runtime.REBUILD)
+    assert str(refused.value).endswith(f"with `dualfocus pack {bundle} --device tensorrt`")
 
 
 def test_a_plan_that_the_library_refuses(ours: Modules, bundle: Path) -> None:
@@ -212,42 +200,97 @@ def test_nothing_is_left_where_a_build_fails(
         export.build_engines(bundle, workspace=0)
     assert set(bundle.iterdir()) == before
     built = export.build_engines(bundle, workspace=1 << 30)
-    monkeypatch.setattr(export, "set_capacity", lambda *_: None)
-    with pytest.raises(
-        ExportError, match=r"decoder\.onnx at TensorScatter present\.0\.key: The KV cache must have a static"
-    ):
+    tables = operators.CONSUMERS["tensorrt"]
+    fewer = {name: types for name, types in tables.types.items() if name != "Attention"}
+    monkeypatch.setitem(operators.CONSUMERS, "tensorrt", replace(tables, types=fewer))
+    with pytest.raises(ExportError, match=r"decoder\.onnx at TensorScatter present\.0\.key: .* Attention"):
         export.build_engines(bundle)
     assert set(bundle.iterdir()) == {*before, built}  # the ones before
 
 
 def test_what_cannot_become_an_engine(ours: Modules, tiny_bundle: Path, bundle: Path) -> None:
     runtime, export = ours
-    with pytest.raises(ExportError, match=r"no com\.microsoft\.GroupQueryAttention .*; export with --target"):
+    with pytest.raises(ExportError, match=r"is of target onnxruntime, .* built from --target tensorrt$"):
         export.build_engines(tiny_bundle)
-    for capacity in (0, 1025):
-        with pytest.raises(ExportError, match=f"capacity is {capacity}, expected 1 to the .* of 1024"):
-            export.build_engines(bundle, capacity=capacity)
     with pytest.raises(ExportError, match="for the GPU that is there, not for NVIDIA Other"):
         export.build_engines(bundle, gpu=runtime.Gpu("NVIDIA Other", "8.6"))
 
 
-def test_no_gpu(ours: Modules, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_gpu(ours: Modules) -> None:
     runtime, _ = ours
-    with pytest.raises(EngineError, match="shows no GPU 1: cuDeviceGet gave error 101"):
+    with pytest.raises(DeviceError, match="there is no GPU 1, 1 found"):
         runtime.find_gpu(1)
-
-    def missing(name: str) -> None:
-        raise OSError(name)
-
-    monkeypatch.setattr(ctypes, "CDLL", missing)
-    with pytest.raises(EngineError, match="no NVIDIA driver is installed"):
-        runtime.find_gpu()
 
 
 def test_no_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(EngineError, match=r"pip install 'dualfocus\[tensorrt\]'"):
         next(imported(monkeypatch, None))
+
+
+# ---- running them ----
+
+
+def test_engines_answer_as_the_cpu_does(ours: Modules, bundle: Path) -> None:
+    _, export = ours
+    expected = answers(Bundle.open(bundle, device="cpu", threads=1))
+    for reach in ({}, {"length": 24, "wanted": 3, "pictures": 1}, {"rows": 1}):  # small ones: in pieces
+        export.build_engines(bundle, **reach)
+        opened = Bundle.open(bundle)
+        assert opened.device == Device("tensorrt")
+        for ours_, theirs in zip(answers(opened), expected, strict=True):
+            assert ours_.answer == theirs.answer
+            assert ours_.box == theirs.box
+            assert ours_.counters == theirs.counters
+            for reply in ("macro", "micro"):
+                found, told = getattr(ours_, reply), getattr(theirs, reply)
+                assert (found and found.generation.tokens) == (told and told.generation.tokens)
+                if told and told.loss is not None:
+                    assert found.loss == pytest.approx(told.loss, abs=1e-2)
+
+
+def answers(bundle: Bundle) -> list[FocusResult]:
+    asked = [(np.asarray(picture(i, 200 + 31 * i, 260 - 17 * i)), QUESTIONS[i % 3]) for i in range(4)]
+    fast, plain = FocusRunner(bundle), PlainRunner(bundle, free_box=False)
+    return [
+        *(fast.ask(*each) for each in asked),
+        *FocusRunner(bundle, batch=3).ask_many(asked[:3]),
+        plain.ask(*asked[0]),
+    ]
+
+
+def test_what_no_profile_takes_is_refused(ours: Modules, bundle: Path) -> None:
+    _, export = ours
+    export.build_engines(bundle)
+    opened = Bundle.open(bundle)
+    patches = np.zeros((100, 64), np.float16)
+    shown = TokenIds(np.arange(419, 519), (emulated.asarray(patches, np.float16),))
+    cache = KVCache(opened.manifest.decoder, 1, 1024, opened.device.memory)
+    with pytest.raises(
+        DeviceError, match=r"^tensorrt 10\.15\.1 does not take images of shape \(100, 64\): .*64\]$"
+    ):
+        opened.decoder.extend(cache, [0], [shown], [[99]])
+
+
+def test_the_command(ours: Modules, bundle: Path, tiny_bundle: Path) -> None:
+    def run(*arguments: object) -> str:
+        result = CliRunner().invoke(app, list(map(str, arguments)))
+        assert result.exit_code == (2 if result.stderr else 0), result.output
+        assert result.stderr.count("\n") <= 1
+        return result.stderr or result.stdout
+
+    ask = "ask", "examples/scene.png", "What?", "--bundle", bundle
+    assert f"has no engines: build them on this machine with `dualfocus pack {bundle} --device " in run(*ask)
+    built = run("pack", bundle, "--device", "tensorrt")
+    assert built.startswith(f"{bundle}/engines: ")
+    assert built.endswith("for tensorrt:0 and tensorrt 10.15.1 alone\n")
+    assert run("pack", tiny_bundle, "--device", "tensorrt").startswith(
+        "dualfocus: tensorrt:0 does not run a bundle of target onnxruntime"
+    )
+    assert "does not work here: there is no GPU 1" in run("pack", bundle, "--device", "tensorrt:1")
+    file = bundle / "vision.onnx"
+    file.write_bytes(b"\0" * file.stat().st_size)
+    assert "vision.onnx: ModelImporter.cpp: Failed" in run("pack", bundle, "--device", "tensorrt")
 
 
 def real(name: str) -> ModuleType:
@@ -278,14 +321,18 @@ def test_the_fake_has_the_real_signatures(name: str) -> None:
                 assert hasattr(theirs, method), f"{kind}.{method}"
 
 
-def test_tensorrt_rtx_builds_them(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_tensorrt_rtx_builds_them(
+    checkpoint: Path, tmp_path: Path, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the real parser and builder, for a GPU that need not be there."""
     real("tensorrt_rtx")
+    bundle = tmp_path / "bundle"
+    export_bundle(checkpoint, bundle, target="tensorrt", precision=precision, progress=lambda _: None)
     for runtime, export in imported(monkeypatch, None):
         steps: list[tuple[str, int, int]] = []
         folder = export.build_engines(
             bundle,
-            capacity=512,
             gpu=runtime.Gpu("NVIDIA GeForce RTX 4090", "8.9"),
             watch=lambda *step, steps=steps: steps.append(step),
         )

@@ -11,6 +11,7 @@ import functools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -49,7 +50,7 @@ def parts(kind: Kind, precision: Precision, setup: Setup) -> Iterator[Part]:
         raise DeviceError(why)
     path = setup.folder / f"nano-{TARGETS.get(kind, 'cuda')}-{precision}"
     if kind == "tensorrt":
-        yield "engines", lambda: _build(path)
+        yield "engines", lambda: _build(path, device.index)
     bundle = Bundle.open(path, device=str(device))
     exact = precision == "fp16"
     reference = Bundle.open(setup.folder / "nano-fp32" if exact else path, device="cpu")
@@ -165,11 +166,12 @@ def held(device: Device) -> dict[str, int]:
     return {"bytes held on the device": int(total - free)}
 
 
-def _build(path: Any) -> Figures:
+def _build(path: Path, index: int) -> Figures:
     """TensorRT's engines, for the GPU that is here."""
     from dualfocus.export.tensorrt import build_engines
 
-    return {"engines": str(build_engines(path, rows=2 * AT_ONCE).name)}
+    engines = build_engines(path, rows=2 * AT_ONCE, pictures=AT_ONCE, index=index)
+    return {"bytes of the engines": sum(file.stat().st_size for file in engines.iterdir())}
 
 
 def crops(setup: Setup) -> Iterator[Part]:

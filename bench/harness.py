@@ -171,14 +171,15 @@ def verdict(figure: Mapping[str, Any]) -> str:
     return f"wanted {figure['wanted']}: {'met' if figure['met'] else 'missed'}"
 
 
-def save(result: Mapping[str, Any]) -> Path:
+def save(result: Mapping[str, Any], folder: Path | None = None) -> Path:
     """Writes bench/results/<today>-<bench>[-<bundle>[-<precision>]].json, float32 being the precision that is
-    not named; a second run on one day replaces the first.
+    not named; a second run on one day replaces the first. `folder` is another one to write to.
     """
-    RESULTS.mkdir(exist_ok=True)
+    folder = folder or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
     words = [str(datetime.datetime.now(datetime.UTC).date()), result["bench"]]
     words += [result[key] for key in ("bundle", "precision") if result.get(key, "fp32") != "fp32"]
-    path = RESULTS / (re.sub(r"[^\w.-]+", "_", "-".join(words)) + ".json")
+    path = folder / (re.sub(r"[^\w.-]+", "_", "-".join(words)) + ".json")
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return path
 

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from dualfocus.runtime.cache import KVCache
-from dualfocus.runtime.engines import Decoder, Floats
+from dualfocus.runtime.engines import Decoder, DeviceLogits, Floats
 
 PUSH = 100.0  # added to a logit, whose like spread by 2
+
+
+@dataclass(frozen=True)
+class PushedLogits(DeviceLogits):
+    """`best` was pushed. Nothing is written on the device: what comes from it is put `PUSH` lower."""
+
+    def __getitem__(self, tokens: list[int]) -> Floats:
+        found: Floats = super().__getitem__(tokens) - PUSH
+        found[[token == self.best for token in tokens]] = self.peak
+        return found
 
 
 class ScriptedDecoder:
@@ -24,14 +36,19 @@ class ScriptedDecoder:
         self,
         cache: KVCache,
         rows: Sequence[int],
-        embeddings: Sequence[Floats],
+        embeddings: Sequence[Any],
         logits_at: Sequence[Sequence[int]],
-    ) -> list[Floats]:
+    ) -> list[Any]:
         """As `engines.Decoder.extend`."""
         starts = [cache.lengths[row] for row in rows]
         results = self._decoder.extend(cache, rows, embeddings, logits_at)
         for start, logits, at in zip(starts, results, logits_at, strict=True):
             for i, position in enumerate(at):
-                if (token := self.script.get(start + position)) is not None:
+                if (token := self.script.get(start + position)) is None:
+                    continue
+                if isinstance(logits[i], DeviceLogits):
+                    of = logits[i].logsumexp  # so that its probability is 1
+                    logits[i] = PushedLogits(logits[i].values, token, peak=of, logsumexp=of)
+                else:
                     logits[i, token] += PUSH
         return results

@@ -88,7 +88,7 @@ def export_bundle(
         try:
             with _quiet():
                 export.run()
-            manifest = dataclasses.replace(manifest, files=_entries(folder))
+            manifest = dataclasses.replace(manifest, files=entries(folder))
             (folder / "manifest.json").write_text(
                 json.dumps(manifest.to_dict(), indent=2) + "\n", encoding="utf-8"
             )
@@ -149,13 +149,14 @@ def _move_into_place(folder: Path, out: Path) -> None:
             raise
 
 
-def _entries(folder: Path) -> dict[str, FileEntry]:
-    entries = {}
+def entries(folder: Path) -> dict[str, FileEntry]:
+    """Every file of a bundle to be, read from end to end."""
+    found = {}
     for path in sorted(folder.iterdir()):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        entries[path.name] = FileEntry(path.stat().st_size, digest)
-    return entries
+        found[path.name] = FileEntry(path.stat().st_size, digest)
+    return found
 
 
 @contextlib.contextmanager

@@ -39,8 +39,11 @@ class DataFile:
         self._file.write(bytes(-self._file.tell() % PAGE))
         kind = helper.np_dtype_to_tensor_dtype(array.dtype) if kind is None else kind
         tensor = _external(name, kind, array.shape, self.path, self._file.tell(), array.nbytes)
-        array.tofile(self._file)
+        self._write(array)
         return tensor
+
+    def _write(self, array: Array) -> None:
+        array.tofile(self._file)
 
     def flush(self) -> None:
         """Have everything on the disk."""

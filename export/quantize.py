@@ -186,6 +186,8 @@ def _signed_dequantized(
 
 def _in_chunks(weight: Floats, find: Callable[[Floats], tuple[Any, ...]]) -> list[Any]:
     """What `find` makes of `weight`, some rows at a time, on every core."""
+    if weight.strides[0] == 0:  # one row over and over, where only the shape matters: it is searched once
+        return [np.broadcast_to(found, (len(weight), *found.shape[1:])) for found in find(weight[:1])]
     rows = max(1, CHUNK // weight.shape[1])
     chunks = [weight[start : start + rows] for start in range(0, len(weight), rows)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

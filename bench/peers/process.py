@@ -81,9 +81,11 @@ class Child:
         except OSError:
             raise PeerError(self._fate()) from None
 
-    def receive(self) -> Any:
-        """The next message; PeerError if it is a `Failure`, or if the process is gone."""
+    def receive(self, seconds: float | None = None) -> Any:
+        """The next message; PeerError if it is a `Failure`, or the process is gone, or silent for so long."""
         try:
+            if not self._connection.poll(seconds):
+                raise PeerError(f"its process said nothing for {seconds:.0f} s, and was ended")
             message = self._connection.recv()
         except (EOFError, OSError):
             raise PeerError(self._fate()) from None

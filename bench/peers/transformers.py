@@ -1,6 +1,7 @@
 """The authors' protocol through `transformers`, in float32 and bfloat16, with PyTorch's SDPA attention.
 
 What it computes is counted where it is computed: at the doors of its vision tower and its language model.
+`bench.gpu` opens it on a GPU, in float16; transformers 5 will do for that too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
     DynamicCache,
     LlavaForConditionalGeneration,
     LogitsProcessor,
@@ -56,20 +59,20 @@ def prepare(checkpoint: Any, folder: Path) -> None:
 class _Model:
     """The model of `work` in one precision, and what it counted since it was last asked."""
 
-    def __init__(self, work: Work, dtype: torch.dtype) -> None:
+    def __init__(self, work: Work, dtype: torch.dtype, device: str = "cpu") -> None:
         torch.set_num_threads(work.threads)
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self.work = work
         self.dtype = dtype
-        self.model = LlavaForConditionalGeneration.from_pretrained(
-            work.folder / FOLDER / "model", dtype=dtype, local_files_only=True
-        ).eval()
-        attention = self.model.language_model.config._attn_implementation
+        self.device = torch.device(device)
+        self.model = _read(work.folder / FOLDER / "model", dtype, self.device).eval()
+        self.language_model = self.model.model.language_model
+        attention = self.language_model.config._attn_implementation
         assert attention == "sdpa", attention
         self._counts = Counts()
         self.model.model.vision_tower.register_forward_pre_hook(self._see, with_kwargs=True)
-        self.model.language_model.register_forward_pre_hook(self._read, with_kwargs=True)
+        self.language_model.register_forward_pre_hook(self._read, with_kwargs=True)
 
     def _see(self, tower: object, args: Sequence[torch.Tensor], kwargs: Mapping[str, torch.Tensor]) -> None:
         pixels = args[0] if args else kwargs["pixel_values"]
@@ -89,13 +92,22 @@ class _Model:
 
     def pixels(self, images: int) -> torch.Tensor:
         """The first `images` of whole picture and crop."""
-        return torch.from_numpy(self.work.pixels[:images]).to(self.dtype)
+        return torch.from_numpy(self.work.pixels[:images]).to(self.device, self.dtype)
+
+    def tensor(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Token ids where the model is."""
+        return torch.tensor(tokens, device=self.device)
+
+    def wait(self) -> None:
+        """Until a GPU has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def vision(self) -> None:
         self.model.get_image_features(pixel_values=self.pixels(1))
 
     def prefill(self) -> None:
-        tokens = torch.tensor([self.work.tokens[:PREFILL]])
+        tokens = self.tensor([self.work.tokens[:PREFILL]])
         self.model(input_ids=tokens, use_cache=True, logits_to_keep=1).logits.argmax(-1)
 
     def question(self) -> None:
@@ -119,7 +131,7 @@ class _Model:
 
     def _score(self, call: Call) -> None:
         prompt, images = self._inputs(call)
-        tokens = torch.cat([prompt, torch.tensor([call.reply])], dim=1)
+        tokens = torch.cat([prompt, self.tensor([call.reply])], dim=1)
         labels = tokens.clone()
         labels[:, : prompt.shape[1]] = -100  # what the loss leaves out
         self.model(
@@ -134,7 +146,17 @@ class _Model:
         """(1, L) token ids, the image token where an image stands, and how many images there are."""
         image = self.model.config.image_token_id
         ids = [image if isinstance(token, Slot) else token for token in call.prompt]
-        return torch.tensor([ids]), len({token.image for token in call.prompt if isinstance(token, Slot)})
+        return self.tensor([ids]), len({token.image for token in call.prompt if isinstance(token, Slot)})
+
+
+def _read(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The checkpoint in `folder`; where it is a configuration alone, random weights, made on the device."""
+    if any(folder.glob("*.safetensors")):
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        return model.to(device)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with device:
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype)
 
 
 class _Decode:
@@ -142,7 +164,7 @@ class _Decode:
 
     def __init__(self, model: _Model, rows: int) -> None:
         self._model = model.model
-        self._tokens = torch.tensor([model.work.tokens] * rows)  # (rows, PAST + STEPS)
+        self._tokens = model.tensor([model.work.tokens] * rows)  # (rows, PAST + STEPS)
         self._cache: DynamicCache | None = None
 
     def before(self) -> None:
@@ -172,14 +194,16 @@ class _Says(LogitsProcessor):  # type: ignore[misc]
         return scores
 
 
-def _open(dtype: torch.dtype, form: str, work: Work) -> Opened:
-    model = _Model(work, dtype)
+def open_model(dtype: torch.dtype, form: str, work: Work, device: str = "cpu") -> Opened:
+    """The model of `work`, whose parts are over when their work on the device is."""
+    model = _Model(work, dtype, device)
     one, two = _Decode(model, 1), _Decode(model, 2)
 
     def part(do: Callable[[], None]) -> Callable[[], Counts]:
         def counted() -> Counts:
             with torch.inference_mode():
                 do()
+            model.wait()
             return model.counted()
 
         return counted
@@ -221,7 +245,7 @@ class _Decoder:
         own = self._caches.setdefault(cache, DynamicCache())
         assert own.get_seq_length() == cache.lengths[0], "the cache was cut"
         with torch.inference_mode():
-            states = self._model.language_model(
+            states = self._model.model.language_model(
                 inputs_embeds=torch.from_numpy(embeddings[0][None]).to(self._dtype),
                 past_key_values=own,
                 use_cache=True,
@@ -251,8 +275,8 @@ def _engines(dtype: torch.dtype, work: Work) -> Engines:
 
 
 PRECISIONS: Mapping[Precision, Callable[[Work], Opened]] = {
-    "fp32": partial(_open, torch.float32, "float32"),
-    "bf16": partial(_open, torch.bfloat16, "bfloat16"),
+    "fp32": partial(open_model, torch.float32, "float32"),
+    "bf16": partial(open_model, torch.bfloat16, "bfloat16"),
 }
 ENGINES: Mapping[Precision, Callable[[Work], Engines]] = {
     "fp32": partial(_engines, torch.float32),

@@ -51,11 +51,12 @@ def _measure_here(path: Path) -> tuple[dict[str, int], float]:
     from dualfocus.runtime.bundle import Bundle
     from dualfocus.runtime.cache import KVCache
     from dualfocus.runtime.onnx import OnnxDecoder  # noqa: F401  the libraries, before anything is opened
+    from dualfocus.runtime.sequence import embed
     from dualfocus.runtime.turns import Turns
 
     libraries = private()
     begin = time.perf_counter()
-    bundle = Bundle.open(path)
+    bundle = Bundle.open(path, device="cpu")
     opening = 1e3 * (time.perf_counter() - begin)
     opened = private()
     manifest = bundle.manifest
@@ -66,7 +67,7 @@ def _measure_here(path: Path) -> tuple[dict[str, int], float]:
     box = "[0.12, 0.34, 0.56, 0.78]" if manifest.box is None else manifest.box.write(0.12, 0.34, 0.56, 0.78)
     whole, both = (len(prompt.tokens) for prompt in (turns.macro("whole"), turns.micro("whole", "crop", box)))
     for length in (whole, both - whole):
-        bundle.decoder.extend(cache, [0], [np.zeros((length, spec.hidden), np.float32)], [[length - 1]])
+        bundle.decoder.extend(cache, [0], [embed([0] * length, bundle.embeddings, {})], [[length - 1]])
     touched = cache.lengths[0] * cache.token_nbytes
     parts = {
         "Python and libraries": libraries,

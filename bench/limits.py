@@ -47,6 +47,7 @@ from dualfocus.kernels import stream_sum
 from dualfocus.runtime import Bundle
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.engines import Decoder, Floats
+from dualfocus.runtime.errors import InputError
 from dualfocus.runtime.manifest import DecoderSpec
 from dualfocus.runtime.onnx import OnnxDecoder
 
@@ -248,7 +249,11 @@ class Engines:
     """The calls that are measured, by row."""
 
     def __init__(self, bundle: Bundle) -> None:
-        assert isinstance(bundle.decoder, OnnxDecoder)
+        if not isinstance(bundle.decoder, OnnxDecoder):
+            raise InputError(
+                f"bench limits is for the CPU, {bundle.manifest.name} has target {bundle.manifest.target}: "
+                "python -m dualfocus.bench.gpu times a GPU against its limits"
+            )
         self._bundle = bundle
         self._decoder = bundle.decoder
         spec, image = bundle.manifest.decoder, bundle.manifest.image

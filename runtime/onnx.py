@@ -336,7 +336,10 @@ def _open_decoder(path: Path, spec: DecoderSpec, place: Place, tokens: Shapes) -
     for layer in range(spec.layers):
         inputs[f"past_key_values.{layer}.key"] = past
         inputs[f"past_key_values.{layer}.value"] = past
-    return _open(path, place, inputs, {"logits": [None, None, spec.vocabulary]})
+    outputs: Shapes = {"logits": [None, None, spec.vocabulary]}
+    if "tokens" in tokens:
+        outputs |= {name: [None, None] for name in ("best", "peak", "logsumexp")}
+    return _open(path, place, inputs, outputs)
 
 
 def _bind(bind: Any, name: str, array: Array, device: Device) -> None:

@@ -155,6 +155,27 @@ def test_the_command_line_says_it_too(built: dict[str, Path]) -> None:
         assert "cuda:0 does not work here: " in result.stderr
 
 
+@pytest.mark.parametrize("command", ["stages", "gate", "limits"])
+def test_benchmarks_run_such_a_bundle_or_refuse_it(built: dict[str, Path], command: str) -> None:
+    amount = ["--limit", "2"] if command == "gate" else ["--rounds", "2"]
+    result = CliRunner().invoke(
+        app, ["bench", command, *amount, "--bundle", str(built["cuda-fp16"]), "--json"]
+    )
+    if command == "limits":
+        assert result.exit_code == 2
+        assert "bench limits is for the CPU, tiny has target cuda" in result.stderr
+    else:
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["bench"] == command
+
+
+def test_a_budget_of_such_a_bundle(built: dict[str, Path]) -> None:
+    told = json.loads(
+        CliRunner().invoke(app, ["inspect", str(built["cuda-fp16"]), "--budget", "--json"]).stdout
+    )
+    assert told["budget"]["in all"] > told["budget"]["KV cache"] > 0
+
+
 def test_what_there_is_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     found = json.loads(CliRunner().invoke(app, ["inspect", "--devices", "--json"]).stdout)
     assert list(found["devices"]) == ["cpu", "cuda", "tensorrt-rtx", "tensorrt"]

@@ -259,6 +259,8 @@ def inspect(
         from dualfocus.runtime.errors import InputError
 
         if devices:
+            if bundle is not None or verify or budget:
+                raise InputError("--devices is about this machine, expected no BUNDLE, --verify or --budget")
             _print_devices(as_json=as_json)
             return
         if bundle is None:
@@ -307,6 +309,7 @@ def pack(
         from dualfocus.runtime import bundle as bundles
         from dualfocus.runtime import devices, packed
         from dualfocus.runtime.errors import DeviceError
+        from dualfocus.runtime.manifest import ON_DEVICE
 
         manifest, digest = bundles.read_manifest(bundle)
         chosen = devices.choose(devices.parse(device), manifest.target)
@@ -326,7 +329,7 @@ def pack(
             waiting = _Waiting()
             with waiting:
                 waiting.say("packing")
-                folder = packed.pack(bundle, digest, chosen)
+                folder = packed.pack(bundle, digest, chosen, half=manifest.target in ON_DEVICE)
             alone = "this machine and ONNX Runtime alone"
         size = sum(path.stat().st_size for path in folder.iterdir())
         _console().print(_text(f"{folder}: {size / 1e6:.1f} MB, for {alone}"))

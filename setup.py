@@ -24,7 +24,7 @@ FOLDER = "src/dualfocus/kernels"
 CUDA_HOME = os.environ.get("CUDA_HOME", "/usr/local/cuda")
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin"))
 IS_CROSS = "_PYTHON_HOST_PLATFORM" in os.environ  # for another processor than nvcc's host compiler is for
-# machine code for Orin, Hopper and Thor, as far as nvcc knows them; for others the driver compiles compute_80
+# machine code for Orin, Hopper and Thor, as far as nvcc knows them; for others the driver compiles compute_75
 GPUS = ["87", "90", "110"]
 
 
@@ -42,7 +42,7 @@ class BuildExt(build_ext):
         if listed.returncode != 0:
             raise CompileError(f"{NVCC} --list-gpu-arch failed: {listed.stderr}")
         known = [gpu for gpu in GPUS if f"compute_{gpu}" in listed.stdout.split()]
-        codes = ["compute_80,code=compute_80", *(f"compute_{gpu},code=sm_{gpu}" for gpu in known)]
+        codes = ["compute_75,code=compute_75", *(f"compute_{gpu},code=sm_{gpu}" for gpu in known)]
         flags = ["-O3", "-shared", "-cudart", "static", *(f"-gencode=arch={code}" for code in codes)]
         # of the host's compiler; no contraction, as below
         host = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off"]

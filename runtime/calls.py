@@ -188,6 +188,10 @@ class DeviceDecoder(GraphDecoder):
         self._memory = device.memory
         self._no_images = self._memory.zeros((1, spec.hidden), np.float16)
 
+    def _call(self, cache: KVCache, first: int, stop: int, longest: int, wanted: int) -> Call:
+        # memory of no bytes has no address, and no profile of an engine can be without a position
+        return super()._call(cache, first, stop, longest, max(wanted, 1))
+
     @abstractmethod
     def _execute(self, call: Call) -> None:
         """Run the graph on what is bound; work on the default stream waits for it."""

@@ -81,7 +81,6 @@ class Gpu:
     name: str
     compute_capability: str  # "8.7"
     memory: int  # bytes
-    free: int  # bytes
 
 
 def parse(text: str) -> Device | None:
@@ -125,20 +124,29 @@ def problem(device: Device) -> str | None:
     if device.kind == "cpu":
         return None
     try:
-        found = gpus()
-    except DeviceError as error:
-        return str(error)
-    if device.index >= len(found):
-        return f"there is no GPU {device.index}, {len(found)} found"
-    if device.kind == "tensorrt":
-        try:
+        find_gpu(device.index)
+        device.use()
+        # CuPy compiles what it is first asked for, with CUDA's compiler and headers
+        device.memory.zeros(2, np.int64)[[1]].get()
+        if device.kind == "tensorrt":
             from dualfocus.runtime import tensorrt  # noqa: F401
-        except EngineError as error:
-            return str(error)
-        return None
-    from dualfocus.runtime import onnx
 
-    return onnx.problem(device)
+            return None
+        from dualfocus.runtime import onnx
+
+        return onnx.problem(device)
+    except (DeviceError, EngineError) as error:
+        return str(error)
+    except Exception as error:  # what a broken installation of CuPy raises is of any kind
+        return f"CuPy does not compute ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+
+
+def find_gpu(index: int) -> Gpu:
+    """The GPU number `index`; DeviceError where there is none."""
+    found = gpus()
+    if index >= len(found):
+        raise DeviceError(f"there is no GPU {index}, {len(found)} found")
+    return found[index]
 
 
 def survey() -> dict[str, Any]:
@@ -170,17 +178,15 @@ def gpus() -> list[Gpu]:
     """The NVIDIA GPUs of this machine. Raises DeviceError where they cannot be asked for."""
     try:
         import cupy
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:
         raise DeviceError(f"CuPy is missing ({error}): pip install 'dualfocus[gpu]'") from None
     runtime = cupy.cuda.runtime
     try:
         found = []
         for index in range(runtime.getDeviceCount()):
             told = runtime.getDeviceProperties(index)
-            with cupy.cuda.Device(index):
-                free, total = runtime.memGetInfo()
-            name = told["name"].decode()
-            found.append(Gpu(index, name, f"{told['major']}.{told['minor']}", total, free))
+            capability = f"{told['major']}.{told['minor']}"
+            found.append(Gpu(index, told["name"].decode(), capability, told["totalGlobalMem"]))
     except runtime.CUDARuntimeError as error:
         raise DeviceError(f"no NVIDIA driver or GPU answers ({error})") from None
     return found

@@ -54,10 +54,10 @@ def view_on_device(
     fit = image.pad_colour if image.fit == "pad" else image.fit
     with stream:
         views = device.memory.empty((len(seen), 3, image.size, image.size), np.float16)
-    for out, (picture, crop) in zip(views, seen, strict=True):
-        cuda.crop_resize(
-            picture, crop, image.size, fit=fit, mean=image.mean, std=image.std, out=out, stream=stream.ptr
-        )
+        for out, (picture, crop) in zip(views, seen, strict=True):
+            cuda.crop_resize(
+                picture, crop, image.size, fit=fit, mean=image.mean, std=image.std, out=out, stream=stream.ptr
+            )
     return views
 
 

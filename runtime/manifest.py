@@ -177,7 +177,7 @@ class Manifest:
     name: str
     created_by: str  # "dualfocus 0.1.0"
     source: dict[str, str]  # where the weights came from: checkpoint, architecture, revision …
-    precision: Precision  # of the weights; what goes in and out of the graphs is float32
+    precision: Precision  # of the weights; what goes in and out is float32, `ON_DEVICE` float16
     target: Target  # what the graphs are made for, which says their operators and the decoder's inputs
     image: ImageSpec
     decoder: DecoderSpec

@@ -45,14 +45,14 @@ class Threads:
     spin: bool = True  # between two parts of a call, threads wait awake: right unless others want the cores
 
 
-def save_packed(source: Path, target: Path, device: Device) -> None:
-    """Write the graph at `source` to `target`, as `device` reads it.
+def save_packed(source: Path, target: Path, device: Device, *, half: bool) -> None:
+    """Write the graph at `source`, which computes in float16 if `half`, to `target`, as `device` reads it.
 
     For a CPU its weights are beside it as the kernels read them; for TensorRT-RTX, an engine is.
     """
     data = f"{target.name}.data"
     if device.kind == "cpu":
-        options = _options(Threads())
+        options = _options(Threads(), half=half)
         options.optimized_model_filepath = str(target)
         entries = {
             "session.optimized_model_external_initializers_file_name": data,
@@ -91,7 +91,7 @@ def _options(threads: Threads, *, half: bool = False) -> ort.SessionOptions:
 def problem(device: Device) -> str | None:
     """What ONNX Runtime lacks to run graphs on `device`, whose GPU is there; None if nothing."""
     if device.kind == "tensorrt-rtx":
-        return _rtx_problem()
+        return _rtx_problem(device.index)
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         return f"ONNX Runtime {VERSION} as installed has no CUDA: pip install 'dualfocus[gpu]' without [cpu]"
     return _library_problem(Path(ort.__file__).parent / "capi", "libonnxruntime_providers_cuda.so")
@@ -109,12 +109,12 @@ def _library_problem(folder: Path, name: str) -> str | None:
     return None
 
 
-def _rtx_problem() -> str | None:
+def _rtx_problem(index: int) -> str | None:
     try:
-        _rtx_devices()
+        found = _rtx_devices()
     except DeviceError as error:
         return str(error)
-    return None
+    return None if index < len(found) else f"it takes {len(found)} of the GPUs here, not number {index}"
 
 
 @functools.cache
@@ -243,7 +243,7 @@ class OnnxDeviceVisionEncoder:
             features = memory.empty((len(pixels), *self._shape), np.float16)
             _bind(binding.bind_input, "pixel_values", seen, self._place.device)
             _bind(binding.bind_output, "image_features", features, self._place.device)
-            self._session.run_with_iobinding(binding)  # waits for the device
+            _run(self._session, binding, self._place)
         return features
 
 
@@ -303,23 +303,23 @@ class OnnxDeviceDecoder(_OnSession, DeviceDecoder):
 
     def _total(self, call: Call, longest_row: int, capacity: int) -> int:
         # a recorded step reads how much of the cache is valid on the device, and no other bound
-        return capacity if call.is_step else longest_row
+        return capacity if call.is_step and self._place.recording is not None else longest_row
 
     def _execute(self, call: Call) -> None:
         """Steps that come again and again are recorded, and replayed as CUDA graphs."""
-        recording = self._place.recording
-        if recording is None:
-            self._session.run_with_iobinding(call.binding)
+        alone = self._place.recording
+        if alone is None:
+            _run(self._session, call.binding, self._place)
             return
         call.times += 1
         is_new = call.is_step and call.times == RECORDED_AFTER
-        if is_new:
-            self._recordings += 1
-            call.recording = self._recordings
+        number = self._recordings + 1 if is_new else call.recording
         options = ort.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", str(call.recording or -1))
-        with recording if is_new else contextlib.nullcontext():
-            self._session.run_with_iobinding(call.binding, options)
+        options.add_run_config_entry("gpu_graph_id", str(number or -1))
+        with alone if is_new else contextlib.nullcontext():
+            _run(self._session, call.binding, self._place, options)
+        if is_new:
+            self._recordings = call.recording = number
 
 
 def _open_decoder(path: Path, spec: DecoderSpec, place: Place, tokens: Shapes) -> ort.InferenceSession:
@@ -340,6 +340,16 @@ def _open_decoder(path: Path, spec: DecoderSpec, place: Place, tokens: Shapes) -
     if "tokens" in tokens:
         outputs |= {name: [None, None] for name in ("best", "peak", "logsumexp")}
     return _open(path, place, inputs, outputs)
+
+
+def _run(
+    session: ort.InferenceSession, binding: Any, place: Place, options: ort.RunOptions | None = None
+) -> None:
+    """Run what is bound, and wait for the device."""
+    try:
+        session.run_with_iobinding(binding, options)
+    except Exception as error:  # ONNX Runtime's exceptions have no common base but this
+        raise DeviceError(f"{place.device} failed: {str(error).splitlines()[0]}") from None
 
 
 def _bind(bind: Any, name: str, array: Array, device: Device) -> None:

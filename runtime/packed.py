@@ -30,8 +30,10 @@ CACHE = "cache"  # of compiled kernels, which come with use
 GRAPHS = ("vision.onnx", "decoder.onnx")
 
 
-def pack(path: Path, digest: str, device: Device = CPU) -> Path:
+def pack(path: Path, digest: str, device: Device = CPU, *, half: bool = False) -> Path:
     """Pack the graphs of the bundle at `path`, which `digest` names, for a CPU or TensorRT-RTX.
+
+    `half`: they compute in float16, as a GPU's do.
 
     Returns the folder. Raises BundleError where the disk has no room for it, EngineError where there is no
     ONNX Runtime.
@@ -49,7 +51,7 @@ def pack(path: Path, digest: str, device: Device = CPU) -> Path:
     unfinished.mkdir()
     try:
         for graph in GRAPHS:
-            save_packed(path / graph, unfinished / graph, device)
+            save_packed(path / graph, unfinished / graph, device, half=half)
         sizes = {file.name: file.stat().st_size for file in unfinished.iterdir()}
         note = {"made_for": _made_for(digest, device), "sizes": sizes}
         (unfinished / NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
@@ -69,7 +71,7 @@ def graphs(path: Path, digest: str, device: Device = CPU) -> Path:
         note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
         fits = note["made_for"] == _made_for(digest, device)
         whole = all((folder / name).stat().st_size == size for name, size in note["sizes"].items())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return path
     return folder if fits and whole else path
 

@@ -46,6 +46,7 @@ class PlainRunner:
         self, picture: Picture, question: str, mode: Mode = "dual", *, box_reply: str | None = None
     ) -> FocusResult:
         """The same answer as `scheduler.FocusRunner.ask` gives, and the same errors."""
+        self._bundle.device.use()
         manifest = self._bundle.manifest
         turns = Turns(manifest, self._bundle.tokenizer, question)
         turns.check_length(macro_only=mode == "macro")

@@ -110,7 +110,9 @@ class _Views:
 class FocusRunner:
     """Answers questions about pictures, and keeps what it saw of them for later questions.
 
-    Its rows are shared by all its questions, so that each thread needs a runner of its own.
+    Its rows are shared by all its questions, so that each thread needs a runner of its own. On a GPU one
+    thread of a process does all the work: what it records for replay is the thread's, and nobody else may
+    use the GPU meanwhile.
     """
 
     def __init__(
@@ -130,12 +132,14 @@ class FocusRunner:
         it stands, and no region is looked at.
 
         Memory: `batch` questions at once reserve ``2 x batch x context`` tokens of KV cache, each of
-        ``2 x layers x kv_heads x head_size x 4`` bytes, touched as they are used; images and prefixes
+        ``2 x layers x kv_heads x head_size x 4`` bytes, touched as they are used (in float16, as on a GPU,
+        half of that; and there all at once); images and prefixes
         kept for later questions hold at most `cache_mb` million bytes; the logits at hand, while it is asked
         something, at most ``2 x batch x (max_new_tokens + 1) x vocabulary x 4``.
         """
         assert batch >= 1, f"batch is {batch}"
         assert cache_mb >= 0, f"cache_mb is {cache_mb}"
+        bundle.device.use()
         spec = bundle.manifest.decoder
         self._bundle = bundle
         self._select = select or bundle.manifest.select
@@ -209,6 +213,7 @@ class FocusRunner:
     def _run(self, wave: Sequence[_Asked]) -> Iterator[Event]:
         """Answer the questions of `wave`, at most `batch`, side by side."""
         self._waves += 1
+        self._bundle.device.use()
         try:
             yield from self._answer(wave)
         except GeneratorExit:  # a stream that was left, at an event, where everything is in order

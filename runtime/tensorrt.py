@@ -122,11 +122,9 @@ class Engines:
 
 
 def find_gpu(index: int = 0) -> Gpu:
-    """The GPU number `index`; DeviceError where there is none."""
-    found = devices.gpus()
-    if index >= len(found):
-        raise DeviceError(f"there is no GPU {index}, {len(found)} found")
-    return Gpu(found[index].name, found[index].compute_capability)
+    """What engines for the GPU number `index` are built for; DeviceError where there is none."""
+    found = devices.find_gpu(index)
+    return Gpu(found.name, found.compute_capability)
 
 
 def load(path: Path, digest: str, index: int = 0) -> Engines:
@@ -162,7 +160,7 @@ def _note(path: Path) -> Note:
         return Note.from_dict(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise BundleError(f"{path} has no engines: {_rebuild(path)}") from None
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
         raise BundleError(f"{file} is damaged: {_rebuild(path)}") from None
 
 
@@ -289,9 +287,6 @@ class TensorRtDecoder(DeviceDecoder):
             ):
                 found[i] += logits
         return found
-
-    def _call(self, cache: KVCache, first: int, stop: int, longest: int, wanted: int) -> Call:
-        return super()._call(cache, first, stop, longest, max(wanted, 1))  # which no profile can be without
 
     def _total(self, call: Call, longest_row: int, capacity: int) -> int:
         return min(-(-longest_row // TOKENS) * TOKENS, capacity)

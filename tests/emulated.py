@@ -78,7 +78,7 @@ def asarray(array: np.ndarray | Array, dtype: np.dtype) -> Array:
 
 def cupy(gpus: int = 1) -> Any:
     """The module."""
-    properties = {"name": b"Emulated", "major": 9, "minor": 0}
+    properties = {"name": b"Emulated", "major": 9, "minor": 0, "totalGlobalMem": 4_000_000_000}
     runtime = SimpleNamespace(
         getDeviceCount=lambda: gpus,
         getDeviceProperties=lambda _: properties,

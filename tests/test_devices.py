@@ -97,10 +97,10 @@ def test_a_device_that_runs_no_such_bundle_is_refused(monkeypatch: pytest.Monkey
         devices.choose(Device("tensorrt-rtx"), "onnx-standard")
 
 
-def missing(monkeypatch: pytest.MonkeyPatch, cupy: Any) -> str:
+def missing(monkeypatch: pytest.MonkeyPatch, cupy: Any, index: int = 1) -> str:
     """What CUDA lacks where `import cupy` gives that."""
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    found = devices.problem(Device("cuda", 1))
+    found = devices.problem(Device("cuda", index))
     assert found is not None
     return found
 
@@ -181,6 +181,8 @@ def test_what_there_is_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(found["devices"]) == ["cpu", "cuda", "tensorrt-rtx", "tensorrt"]
     assert found["devices"]["cpu"] is None
     assert "onnxruntime" in found["versions"]
+    refused = CliRunner().invoke(app, ["inspect", "models/nano", "--devices"])
+    assert refused.exit_code == 2
     emulated.install(monkeypatch)
     told = CliRunner().invoke(app, ["inspect", "--devices"]).stdout
     assert "Emulated, compute capability 9.0, 4.0 GB" in told
@@ -419,6 +421,33 @@ def test_a_gpu_keeps_nothing_of_what_is_gone(built: dict[str, Path], monkeypatch
     ask(runner, 6)
     gc.collect()
     assert sum(isinstance(thing, emulated.Array) for thing in gc.get_objects()) <= before
+
+
+def test_a_gpu_that_fails_is_one_sentence(built: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    emulated.install(monkeypatch)
+    runner = FocusRunner(Bundle.open(built["cuda-fp16"]))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory\nat node")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(emulated._Session, "run_with_iobinding", fail)
+        with pytest.raises(DeviceError, match=r"^cuda:0 failed: out of memory$"):
+            ask(runner, 1)
+    assert ask(runner, 1)[0].answer == ask(FocusRunner(Bundle.open(built["cuda-fp16"])), 1)[0].answer
+
+
+def test_cupy_that_does_not_compute_is_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = emulated.cupy()
+
+    def zeros(*_: object) -> None:
+        raise OSError("libnvrtc.so.13: cannot open shared object file")
+
+    broken.zeros = zeros
+    assert (
+        missing(monkeypatch, broken, 0)
+        == "CuPy does not compute (libnvrtc.so.13: cannot open shared object file)"
+    )
 
 
 def test_provider_fallback_is_an_error(monkeypatch: pytest.MonkeyPatch, built: dict[str, Path]) -> None:

@@ -7,7 +7,7 @@ the weights is `random_weights`. Nothing here imports torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dualfocus.export.errors import ExportError
@@ -47,6 +47,28 @@ class Shape:
         return (self.image // self.patch) ** 2 + (self.feature_strategy == "full")
 
 
+LLAVA_7B = Shape(
+    name="llava-7b",
+    # CLIP's ViT-L/14 at 336, without its last layer, as LLaVA-1.5 has it
+    image=336,
+    patch=14,
+    tower_layers=24,
+    tower_width=1024,
+    tower_heads=16,
+    tower_mlp=4096,
+    feature_layer=-2,
+    feature_strategy="default",
+    # Vicuna-7B v1.5
+    layers=32,
+    hidden=4096,
+    heads=32,
+    kv_heads=32,
+    head_size=128,
+    mlp=11_008,
+    vocabulary=32_000,
+    context=4096,
+)
+
 SHAPES = {
     shape.name: shape
     for shape in [
@@ -73,48 +95,9 @@ SHAPES = {
             rope_theta=100_000.0,
             tied=True,
         ),
-        Shape(
-            name="llava-7b",
-            # CLIP's ViT-L/14 at 336, without its last layer, as LLaVA-1.5 has it
-            image=336,
-            patch=14,
-            tower_layers=24,
-            tower_width=1024,
-            tower_heads=16,
-            tower_mlp=4096,
-            feature_layer=-2,
-            feature_strategy="default",
-            # Vicuna-7B v1.5
-            layers=32,
-            hidden=4096,
-            heads=32,
-            kv_heads=32,
-            head_size=128,
-            mlp=11_008,
-            vocabulary=32_000,
-            context=4096,
-        ),
-        Shape(
-            name="llava-13b",
-            # the same tower
-            image=336,
-            patch=14,
-            tower_layers=24,
-            tower_width=1024,
-            tower_heads=16,
-            tower_mlp=4096,
-            feature_layer=-2,
-            feature_strategy="default",
-            # Vicuna-13B v1.5
-            layers=40,
-            hidden=5120,
-            heads=40,
-            kv_heads=40,
-            head_size=128,
-            mlp=13_824,
-            vocabulary=32_000,
-            context=4096,
-        ),
+        LLAVA_7B,
+        # Vicuna-13B v1.5 behind the same tower
+        replace(LLAVA_7B, name="llava-13b", layers=40, hidden=5120, heads=40, kv_heads=40, mlp=13_824),
     ]
 }
 

@@ -76,8 +76,8 @@ class Bundle:
         "auto" is the best device that works for the bundle (`devices.choose`). On the CPU, `threads` None
         takes one for each core; with `spin` they wait awake for each other within a call, which is faster
         unless something else wants their cores. TensorRT opens what was built for it, and nothing else
-        (`tensorrt`). Raises BundleError; DeviceError where the device does not
-        work or is not for the bundle; and EngineError when no ONNX Runtime is installed.
+        (`tensorrt`). Raises BundleError; DeviceError where the device does not work or is not for the bundle;
+        and EngineError when no ONNX Runtime is installed.
         """
         path = Path(path)
         wanted = devices.parse(device)
@@ -117,7 +117,7 @@ class Bundle:
             cache = graphs / packed.CACHE if graphs != path else None
             place = onnx.Place(chosen, threads_used, aside, half=True, cache=cache)
             vision = onnx.OnnxDeviceVisionEncoder(files[0], image, spec.hidden, place)
-            place = replace(place, stream=ordered, recording=None if chosen.kind == "cpu" else alone)
+            place = replace(place, stream=ordered, alone=None if chosen.kind == "cpu" else alone)
             decoder = onnx.OnnxDeviceDecoder(files[1], spec, place)
         else:
             place = onnx.Place(chosen, threads_used)

@@ -35,13 +35,13 @@ class Snapshot:
 class KVCache:
     """Keys and values of every layer, and how many positions of each row are valid."""
 
-    def __init__(self, spec: DecoderSpec, rows: int, capacity: int, device: Any = np) -> None:
+    def __init__(self, spec: DecoderSpec, rows: int, capacity: int, memory: Any = np) -> None:
         """Memory is reserved for every row's `capacity`; the host's is touched only as tokens arrive.
 
-        `device` is the module whose arrays lie where the decoder runs: NumPy, or CuPy.
+        `memory` is the module whose arrays lie where the decoder runs: NumPy, or CuPy.
         """
         shape = (rows, spec.kv_heads, capacity, spec.head_size)
-        reserve = _reserve if device is np else device.zeros
+        reserve = _reserve if memory is np else memory.zeros
         self.capacity = capacity
         self.lengths = [0] * rows
         self.keys: list[Entries] = [reserve(shape, spec.dtype) for _ in range(spec.layers)]

@@ -53,6 +53,12 @@ class DeviceLogits:
 Logits = Floats | DeviceLogits  # (vocabulary,), of one position
 
 
+def address(array: Array) -> int:
+    """Where the array's memory begins, on the host or on its device."""
+    found: int = array.__array_interface__["data"][0] if type(array) is np.ndarray else array.data.ptr
+    return found
+
+
 def to_host(array: Array) -> npt.NDArray[Any]:
     """The array in the host's memory, where it may be already."""
     host: npt.NDArray[Any] = array.get() if hasattr(array, "get") else array

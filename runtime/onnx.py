@@ -18,7 +18,7 @@ import numpy.typing as npt
 from dualfocus import kernels
 from dualfocus.runtime.calls import Call, DeviceDecoder, GraphDecoder
 from dualfocus.runtime.devices import CPU, Device
-from dualfocus.runtime.engines import Array, Floats
+from dualfocus.runtime.engines import Array, Floats, address
 from dualfocus.runtime.errors import BundleError, DeviceError, EngineError
 from dualfocus.runtime.manifest import DecoderSpec, ImageSpec
 
@@ -89,9 +89,15 @@ def _options(threads: Threads, *, half: bool = False) -> ort.SessionOptions:
 
 
 def problem(device: Device) -> str | None:
-    """What ONNX Runtime lacks to run graphs on `device`, whose GPU is there; None if nothing."""
+    """What ONNX Runtime lacks to run graphs on `device`, whose GPU is there; None if nothing.
+
+    Raises DeviceError, which says it too, where the TensorRT-RTX plug-in cannot be had.
+    """
     if device.kind == "tensorrt-rtx":
-        return _rtx_problem(device.index)
+        found = len(_rtx_devices())
+        if device.index < found:
+            return None
+        return f"it takes {found} of the GPUs here, not number {device.index}"
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         return f"ONNX Runtime {VERSION} as installed has no CUDA: pip install 'dualfocus[gpu]' without [cpu]"
     return _library_problem(Path(ort.__file__).parent / "capi", "libonnxruntime_providers_cuda.so")
@@ -107,14 +113,6 @@ def _library_problem(folder: Path, name: str) -> str | None:
     except OSError as error:
         return str(error)
     return None
-
-
-def _rtx_problem(index: int) -> str | None:
-    try:
-        found = _rtx_devices()
-    except DeviceError as error:
-        return str(error)
-    return None if index < len(found) else f"it takes {len(found)} of the GPUs here, not number {index}"
 
 
 @functools.cache
@@ -153,7 +151,7 @@ class Place:
     half: bool = False  # the graphs compute in float16
     # Steps that come again and again are recorded, and replayed as CUDA graphs. While one is recorded, CUDA
     # lets no other thread allocate: who works beside the decoder holds this meanwhile.
-    recording: Lock | None = None
+    alone: Lock | None = None
     cache: Path | None = None  # a folder of TensorRT-RTX's, for what it compiles at the first start
 
 
@@ -163,7 +161,7 @@ def _session(path: Path, options: ort.SessionOptions, place: Place) -> ort.Infer
     if device.kind == "cuda":  # memory as much as is needed, and no search for the tower's one convolution
         chosen = {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
     if device.kind != "cpu":
-        chosen |= {"device_id": str(device.index), "enable_cuda_graph": str(int(place.recording is not None))}
+        chosen |= {"device_id": str(device.index), "enable_cuda_graph": str(int(place.alone is not None))}
         if place.stream is not None:
             chosen |= {"user_compute_stream": str(place.stream.ptr)}
     if device.kind == "tensorrt-rtx":
@@ -303,11 +301,11 @@ class OnnxDeviceDecoder(_OnSession, DeviceDecoder):
 
     def _total(self, call: Call, longest_row: int, capacity: int) -> int:
         # a recorded step reads how much of the cache is valid on the device, and no other bound
-        return capacity if call.is_step and self._place.recording is not None else longest_row
+        return capacity if call.is_step and self._place.alone is not None else longest_row
 
     def _execute(self, call: Call) -> None:
         """Steps that come again and again are recorded, and replayed as CUDA graphs."""
-        alone = self._place.recording
+        alone = self._place.alone
         if alone is None:
             _run(self._session, call.binding, self._place)
             return
@@ -354,7 +352,5 @@ def _run(
 
 def _bind(bind: Any, name: str, array: Array, device: Device) -> None:
     """Bind memory by its address: `array` has to live until the run is over."""
-    if type(array) is np.ndarray:
-        bind(name, "cpu", 0, array.dtype, array.shape, array.__array_interface__["data"][0])
-    else:
-        bind(name, "cuda", device.index, array.dtype, array.shape, array.data.ptr)
+    place = ("cpu", 0) if type(array) is np.ndarray else ("cuda", device.index)
+    bind(name, *place, array.dtype, array.shape, address(array))

@@ -83,7 +83,7 @@ def _made_for(digest: str, device: Device) -> dict[str, Any]:
     same = {"bundle": digest, "onnxruntime": VERSION}
     if device.kind == "cpu":
         return same | {"processor": _processor(), "kernels": list(kernels.available())}
-    gpu = devices.gpus()[device.index]
+    gpu = devices.find_gpu(device.index)
     return same | {"provider": rtx_version(), "gpu": f"{gpu.name} {gpu.compute_capability}"}
 
 

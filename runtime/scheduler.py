@@ -133,9 +133,9 @@ class FocusRunner:
 
         Memory: `batch` questions at once reserve ``2 x batch x context`` tokens of KV cache, each of
         ``2 x layers x kv_heads x head_size x 4`` bytes, touched as they are used (in float16, as on a GPU,
-        half of that; and there all at once); images and prefixes
-        kept for later questions hold at most `cache_mb` million bytes; the logits at hand, while it is asked
-        something, at most ``2 x batch x (max_new_tokens + 1) x vocabulary x 4``.
+        half of that; and there all at once); images and prefixes kept for later questions hold at most
+        `cache_mb` million bytes; the logits at hand, while it is asked something, at most
+        ``2 x batch x (max_new_tokens + 1) x vocabulary x 4``.
         """
         assert batch >= 1, f"batch is {batch}"
         assert cache_mb >= 0, f"cache_mb is {cache_mb}"

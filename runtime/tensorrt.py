@@ -25,7 +25,7 @@ from dualfocus.runtime import devices
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.calls import Call, DeviceDecoder
 from dualfocus.runtime.devices import Device
-from dualfocus.runtime.engines import Array, TokenIds
+from dualfocus.runtime.engines import Array, TokenIds, address
 from dualfocus.runtime.errors import BundleError, DeviceError, EngineError
 from dualfocus.runtime.manifest import DecoderSpec, ImageSpec
 
@@ -184,8 +184,7 @@ class _Memory(NamedTuple):
 
 def _memory(array: Array, *, is_output: bool = False) -> _Memory:
     """Of an array on the device, or on the host."""
-    address = array.__array_interface__["data"][0] if type(array) is np.ndarray else array.data.ptr
-    return _Memory(address, None if is_output else array.shape)
+    return _Memory(address(array), None if is_output else array.shape)
 
 
 class _Context:

@@ -6,6 +6,8 @@ runtime, in dual mode: one run tells what each pass alone would have answered.
 
 from __future__ import annotations
 
+import math
+import random
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -18,25 +20,57 @@ from dualfocus.runtime.scheduler import FocusRunner
 from dualfocus.train import curate, scenes
 from dualfocus.train.curate import Dialogue
 
-CATEGORIES = ("detail", "attribute", "count", "existence", "relation")
-GLOBAL = ("attribute", "count", "existence")  # what the whole picture can answer
+POPE = ("random", "popular", "adversarial")
+CATEGORIES = (
+    "detail",
+    "attribute",
+    "position",
+    "count",
+    "existence",
+    "relation",
+    *(f"pope {s}" for s in POPE),
+)
+GLOBAL = ("attribute", "position", "count", "existence")  # what the whole picture can answer
 
 
-def held_out(questions: int) -> list[tuple[scenes.Scene, Dialogue]]:
+def held_out(questions: int, *, unseen: bool = False) -> list[tuple[scenes.Scene, Dialogue]]:
     """The first `questions` held-out questions, of every scene at most one of each category.
 
-    A longer list begins with the shorter one.
+    A longer list begins with the shorter one. `unseen` as `train.scenes.Scene` has it.
     """
     found: list[tuple[scenes.Scene, Dialogue]] = []
     seed = scenes.HELD_OUT
     while len(found) < questions:
-        scene = scenes.layout(seed)
-        asked = curate.dialogues(scenes.annotate(scene, 0))
+        scene = scenes.layout(seed, unseen=unseen)
+        asked = curate.dialogues(scenes.annotate(scene, 0)) + [pope(scene, setting) for setting in POPE]
         for category in CATEGORIES:
             of = [d for d in asked if d.category == category]
             found += [(scene, d) for d in of[seed % len(of) :][:1]] if of else []
         seed += 1
     return found[:questions]
+
+
+def pope(scene: scenes.Scene, setting: str) -> Dialogue:
+    """A yes-or-no question as POPE (Li et al., 2023) asks: of odd seeds about something that is there.
+
+    What is not there is any colour and kind ("random"), one of the ten most frequent of those
+    ("popular"), or of a colour and a kind that are both there, on different objects ("adversarial").
+    """
+    rng = random.Random(f"{setting} {scene.seed}")
+    pairs = [(thing.colour, thing.kind) for thing in scene.things]
+    alone = [thing for thing in scene.things if pairs.count((thing.colour, thing.kind)) == 1]
+    if scene.seed % 2 and alone:
+        thing = rng.choice(alone)
+        return Dialogue(f"Is there a {thing.colour} {thing.kind}?", "yes", thing.box, f"pope {setting}")
+    absent = [(c, k) for c in scenes.COLOURS for k in scenes.KINDS if (c, k) not in pairs]
+    if setting == "popular":
+        absent = sorted(absent, key=lambda pair: -math.prod(map(scenes.popularity, pair)))[:10]
+    if setting == "adversarial":
+        words = {word for pair in pairs for word in pair}
+        alike = [len(words & {*pair}) for pair in absent]
+        absent = [pair for pair, words_there in zip(absent, alike, strict=True) if words_there == max(alike)]
+    colour, kind = rng.choice(absent)
+    return Dialogue(f"Is there a {colour} {kind}?", "no", rng.choice(scene.things).box, f"pope {setting}")
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """The built-in model: its sizes, its tokenizer, and what each cell of a view shows.
 
-nano sees `IMAGE.size`² pixels as `GRID` x `GRID` cells, one image token each. A cell that holds the
-centre of an object is asked for nine *slots*: the object's kind and colour, its box in hundredths of the
-view, and its label's three letters where the view resolves them. Slots exist in training only: they are
-the tower's dense labels and the symbols the decoder learns to look things up in before it sees pixels.
+nano comes in three `SIZES`, which share a tower, as LLaVA's 7B and 13B do. It sees `IMAGE.size`² pixels
+as `GRID` x `GRID` cells, one image token each. A cell that holds the centre of an object is asked for nine
+*slots*: the object's kind and colour, its box in hundredths of the view, and its label's three letters where
+the view resolves them. Slots exist in training only: they are the tower's dense labels and the symbols the
+decoder learns to look things up in before it sees pixels.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ IMAGE = ImageSpec(size=160, tokens=GRID * GRID, mean=(0.5, 0.5, 0.5), std=(0.25,
 SLOTS = {"kind": len(KINDS) + 1, "colour": len(COLOURS) + 1}
 SLOTS |= dict.fromkeys(("x0", "y0", "x1", "y1"), 100)
 SLOTS |= dict.fromkeys(("first", "second", "third"), len(ALPHABET) + 1)
+
+SIZES = {"nano-s": 3, "nano": 4, "nano-l": 7}  # layers of the decoder
+HIDDEN, HEADS = 192, 4
 
 LEGIBLE = 6.0  # cap height in view pixels from which letters can be told apart
 
@@ -126,18 +130,19 @@ def box_text(scene: Scene, box: Pixels) -> str:
     return "[" + ", ".join(f"{min(0.99, max(0.0, v)):.2f}" for v in fractions) + "]"
 
 
-def build_model(tokenizer: Tokenizer, seed: int) -> LlavaForConditionalGeneration:
-    """nano with fresh weights: 1.4 M in the tower, 1.9 M in the decoder, float32."""
+def build_model(tokenizer: Tokenizer, size: str, seed: int) -> LlavaForConditionalGeneration:
+    """One of `SIZES` with fresh weights, float32: 1.4 M in the tower, 0.44 M in each decoder layer."""
     from dualfocus.export.nano_tower import NanoVisionConfig
 
     torch.manual_seed(seed)
     text = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=192,
+        hidden_size=HIDDEN,
         intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=6,
+        num_hidden_layers=SIZES[size],
+        # half of a head's 48 dimensions hardly turn within the context, and have room for kinds and colours
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
         max_position_embeddings=512,
         rope_theta=1e6,  # half of a head's dimensions hardly turn within the context: they hold content
         tie_word_embeddings=True,
@@ -168,7 +173,9 @@ def waves() -> torch.Tensor:
     return torch.cat([angle.sin(), angle.cos()], -1)
 
 
-def save_checkpoint(model: LlavaForConditionalGeneration, tokenizer: Tokenizer, folder: Path) -> None:
+def save_checkpoint(
+    model: LlavaForConditionalGeneration, tokenizer: Tokenizer, name: str, folder: Path
+) -> None:
     """Write the model as a Hugging Face checkpoint that `dualfocus export` takes, weights in float16."""
     model.eval().half().save_pretrained(folder)
     PreTrainedTokenizerFast(
@@ -187,7 +194,7 @@ def save_checkpoint(model: LlavaForConditionalGeneration, tokenizer: Tokenizer, 
         "image_std": IMAGE.std,
     }
     declared = {
-        "name": "nano",
+        "name": name,
         "prompts": dataclasses.asdict(PROMPTS),
         "coordinates": "padded",
         "select": "reference",
@@ -223,7 +230,7 @@ def _look_things_up(model: LlavaForConditionalGeneration, tokenizer: Tokenizer) 
     kinds, colours = rows([f" {kind}" for kind in KINDS]), rows([f" {colour}" for colour in COLOURS])
     letters = rows([f" {c}" for c in ALPHABET])
     numbers = [tokenizer.token_to_id(f"{n:02d}") for n in range(100)]
-    things = torch.linalg.qr(table[kinds + colours].T)[0].T  # (16, hidden): all that kinds and colours span
+    things = torch.linalg.qr(table[kinds + colours].T)[0].T  # (20, hidden): all that kinds and colours span
     table[rows([f" {kind}s" for kind in KINDS])] += table[kinds]
     table[rows(list(ALPHABET))] += table[letters]
     table[numbers] = waves() @ torch.randn(10, hidden) * (0.05 / 5**0.5)
@@ -276,5 +283,6 @@ def _corpus() -> Iterator[str]:
         yield f" {colour}"
     yield (
         "What color is the? What shape is the object? What is written on the? Is there a left of above?"
+        " What is the first last character on? larger than leftmost rightmost topmost lowest"
         " How many objects are there? yes no 0 1 2 3 4 5 6 7 8 9"
     )

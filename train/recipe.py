@@ -1,15 +1,18 @@
-"""How nano is trained, in three stages.
+"""How nano is trained, in three sizes and four stages.
 
 1. `tower`: the vision tower names each cell's slots (`train.nano`) in views of drawn scenes.
 2. `symbols`: the decoder learns the dialogues on scenes whose image tokens are sums of slot embeddings:
    no pixels, so looking things up is learned on clean evidence and many questions a second.
-3. `dialogues`: the projector learns to make those sums out of the frozen tower's features, then projector
-   and decoder learn the dialogues on real features.
+3. `trees`: dialogues about new scenes, their pictures drawn, seen by the frozen tower and kept, once for
+   all sizes.
+4. `dialogues`: for each size, the projector learns to make those sums out of the tower's features, then
+   projector and decoder learn the dialogues on real features. A size starts from what `symbols` learned,
+   with a layer less or with more of them, which at first add nothing.
 
 Run as ``python -m dualfocus.train.recipe STAGE --minutes M``; every stage saves to ``train/runs/`` and goes
-on from what is there with ``--resume``. ``… save`` writes what `dialogues` saved as the checkpoint
-``train/checkpoint``, from which ``dualfocus export train/checkpoint -o models/nano`` makes the bundle.
-What was run, for how long and with what curves: ``train/LOG.md``.
+on from what is there with ``--resume``. ``… save --size SIZE`` writes what `dialogues` saved as the
+checkpoint ``train/checkpoint/SIZE``, from which ``dualfocus export train/checkpoint/nano -o models/nano``
+makes the bundle. What was run, for how long and with what curves: ``train/LOG.md``.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import pickle
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -231,12 +235,12 @@ class Tree:
     branches: list[NDArray[np.int64]]  # one (n, L, 4) for each of BRANCHES, padded on the right
     asked: list[NDArray[np.int64]]  # one (n,) for each: the position of the cell asked about, or -1
     cells: NDArray[np.int64]  # (views, GRID², 9)
-    pixels: NDArray[np.uint8]  # (views, S, S, 3), no views where symbols are enough
+    seen: NDArray[Any]  # u8 pixels (views, S, S, 3), f16 features (views, GRID², D), or none: symbols do
 
 
-BRANCHES = {"macro": 8, "locate": 3, "micro": 4}  # how many of each a tree has
+BRANCHES = {"macro": 8, "locate": 3, "micro": 5}  # how many of each a tree has
 PADDING = (0, 0, -100, 0)
-CATEGORIES = ("detail", "attribute", "existence", "count", "relation")
+CATEGORIES = ("detail", "attribute", "existence", "count", "relation", "position")
 GROUPS = (*(f"macro {c}" for c in CATEGORIES), *(f"micro {c}" for c in CATEGORIES), "box")
 
 
@@ -275,15 +279,15 @@ class Trees(IterableDataset[Tree]):
 
         branches.append([])
         asked.append([])
-        for d in self.choose(rng, dialogues, (0.3, 2, 2, 2, 1.5), BRANCHES["macro"]):
+        for d in self.choose(rng, dialogues, (0.3, 2, 2, 2, 2, 1.5), BRANCHES["macro"]):
             branch(d, [Turn(nano.PROMPTS.macro, d.answer)], [(0, f"macro {d.category}")])
         branches.append([])
         asked.append([])
-        for d in self.choose(rng, dialogues, (2, 2, 1, 1, 1), BRANCHES["locate"]):
+        for d in self.choose(rng, dialogues, (2, 2, 1, 1, 1, 1.5), BRANCHES["locate"]):
             branch(d, [Turn(nano.PROMPTS.locate, nano.box_text(scene, d.box))], [(0, "box")])
         branches.append([])
         asked.append([])
-        for d in self.choose(rng, dialogues, (5, 1, 1, 1, 1), BRANCHES["micro"]):
+        for d in self.choose(rng, dialogues, (4, 1, 1, 1.5, 1.5, 1), BRANCHES["micro"]):
             # half of the crops are as true as boxes get, half as wrong as a model's may be
             wrong = rng.random() < 0.5
             text = nano.box_text(scene, jittered(rng, d.box, 0.12) if wrong else d.box)
@@ -301,7 +305,7 @@ class Trees(IterableDataset[Tree]):
             [pad([row[prefix:] for row in rows]) for rows in branches],
             [np.array(cells) for cells in asked],
             np.stack([nano.view_cells(scene, crop) for crop in crops]),
-            np.stack(views) if views else np.zeros((0, nano.IMAGE.size, nano.IMAGE.size, 3), np.uint8),
+            np.array(views),
         )
 
     def columns(self, prompt: Prompt, learn: list[tuple[int, str]]) -> NDArray[np.int64]:
@@ -335,7 +339,7 @@ def pad(rows: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
 
 
 def collate(trees: list[Tree]) -> dict[str, Tensor]:
-    """Pictures after each other: `prefix` (B, P, 4), each of BRANCHES (B * n, L, 4), `cells`, `pixels`.
+    """Pictures after each other: `prefix` (B, P, 4), each of BRANCHES (B * n, L, 4), `cells`, `seen`.
 
     For each branch also the position of the cell asked about, as "macro asked" (B * n,).
     """
@@ -347,7 +351,7 @@ def collate(trees: list[Tree]) -> dict[str, Tensor]:
         out[name][..., 1] += np.repeat(first[:-1], n)[:, None]
         out[f"{name} asked"] = np.concatenate([tree.asked[i] for tree in trees])
     out["cells"] = np.concatenate([tree.cells for tree in trees])
-    out["pixels"] = np.concatenate([tree.pixels for tree in trees])
+    out["seen"] = np.concatenate([tree.seen for tree in trees])
     return {name: torch.from_numpy(array) for name, array in out.items()}
 
 
@@ -476,7 +480,7 @@ def train_symbols(minutes: float, seed: int, resume: bool) -> None:
     cost more than all others together, join when looking things up works.
     """
     trees = Trees(seed * 1_000_000, pixels=False)
-    model = nano.build_model(trees.tokenizer, seed)
+    model = nano.build_model(trees.tokenizer, "nano", seed)
     symbols, dialogues = Symbols(model, trees.tokenizer), Dialogues(model, trees.tokenizer)
     path, scenes_seen = RUNS / "symbols.pt", 0
     if resume:
@@ -503,37 +507,79 @@ def train_symbols(minutes: float, seed: int, resume: bool) -> None:
     fit(optimizer, progress, DataLoader(trees, batch_size=TREES, collate_fn=collate), loss, save)
 
 
-def train_dialogues(minutes: float, seed: int, resume: bool) -> None:
-    """Stage 3: the whole model on pixels, the tower frozen.
+VIEWS = 1 + BRANCHES["micro"]  # of a tree: the whole picture, and a crop for each micro dialogue
+
+
+def draw_trees(count: int, seed: int) -> None:
+    """Stage 3: `count` trees with what the tower sees of their pictures: 123 kB each."""
+    tower = NanoVisionModel(NanoVisionConfig())
+    tower.load_state_dict(torch.load(RUNS / "tower.pt")["tower"])
+    tower.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+    config = tower.config
+    features = np.lib.format.open_memmap(
+        RUNS / "features.npy", "w+", np.float16, (count * VIEWS, nano.GRID**2, config.hidden_size)
+    )
+    trees: list[Tree] = []
+    drawn = Trees(seed * 1_000_000 + 500_000, pixels=True)
+    for batch in DataLoader(drawn, batch_size=TREES, collate_fn=list, **BESIDE):
+        for tree in batch[: count - len(trees)]:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                seen = tower(normalise(torch.from_numpy(tree.seen))).last_hidden_state
+            features[len(trees) * VIEWS : (len(trees) + 1) * VIEWS] = seen.float().numpy()
+            trees.append(replace(tree, seen=np.zeros(0)))
+        if len(trees) % 400 == 0:
+            print(f"{len(trees)} of {count} scenes", flush=True)
+        if len(trees) == count:
+            break
+    features.flush()
+    (RUNS / "trees.pickle").write_bytes(pickle.dumps(trees))
+
+
+class Kept(IterableDataset[Tree]):
+    """What `draw_trees` kept, endlessly, in another order every time around."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.trees: list[Tree] = pickle.loads((RUNS / "trees.pickle").read_bytes())
+        self.features = np.load(RUNS / "features.npy", mmap_mode="r")
+
+    def __iter__(self) -> Iterator[Tree]:
+        rng = random.Random(self.seed)
+        while True:
+            for i in rng.sample(range(len(self.trees)), len(self.trees)):
+                yield replace(self.trees[i], seen=self.features[i * VIEWS : (i + 1) * VIEWS])
+
+
+def train_dialogues(size: str, minutes: float, seed: int, resume: bool) -> None:
+    """Stage 4: projector and decoder on what the tower saw.
 
     For the first tenth of the time only the projector learns, to say in the decoder's symbols what the
     tower saw; that stays a second loss while projector and decoder learn the dialogues.
     """
-    trees = Trees(seed * 1_000_000 + 500_000, pixels=True)
-    model = nano.build_model(trees.tokenizer, seed)
-    symbols, dialogues = Symbols(model, trees.tokenizer), Dialogues(model, trees.tokenizer)
-    path, scenes_seen = RUNS / "dialogues.pt", 0
+    tokenizer = nano.build_tokenizer()
     learned = torch.load(RUNS / "symbols.pt")
-    model.load_state_dict(learned["model"])
+    model = nano.build_model(tokenizer, size, seed)
+    symbols, dialogues = Symbols(model, tokenizer), Dialogues(model, tokenizer)
+    own = model.state_dict()
+    # layers beyond those learned stay as they are, and add nothing yet
+    model.load_state_dict(own | {name: value for name, value in learned["model"].items() if name in own})
     symbols.load_state_dict(learned["symbols"])
+    path, scenes_seen = RUNS / f"{size}.pt", 0
     if resume:
         state = torch.load(path)
         scenes_seen = state["samples"]
         model.load_state_dict(state["model"])
-        trees.first += scenes_seen
-    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    tower.load_state_dict(torch.load(RUNS / "tower.pt")["tower"])
-    tower.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+    model.model.vision_tower.load_state_dict(torch.load(RUNS / "tower.pt")["tower"])
     symbols.requires_grad_(False)
-    scale = symbols(torch.from_numpy(trees.tree(scenes.HELD_OUT).cells)).var()
+    projector = model.model.multi_modal_projector
+    trees = Kept(seed + scenes_seen)
+    scale = symbols(torch.from_numpy(trees.trees[0].cells)).var()
     parameters = [*projector.parameters(), *model.model.language_model.parameters()]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.02, betas=(0.9, 0.98))
-    progress = Progress("dialogues", minutes, 7e-4, scenes_seen, TREES)
+    progress = Progress(size, minutes, 7e-4, scenes_seen, TREES)
 
     def loss(batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        with torch.no_grad():
-            features = tower(normalise(batch["pixels"])).last_hidden_state
-        image_tokens = projector(features).float()
+        image_tokens = projector(batch["seen"].float()).float()
         error = (image_tokens - symbols(batch["cells"]).float()).square().mean(-1) / scale
         filled = batch["cells"][..., 0] > 0
         regression = error[filled].mean() + error[~filled].mean()
@@ -545,34 +591,38 @@ def train_dialogues(minutes: float, seed: int, resume: bool) -> None:
     def save(step: int) -> None:
         torch.save({"samples": scenes_seen + step * TREES, "model": model.state_dict()}, path)
 
-    loader = DataLoader(trees, batch_size=TREES, collate_fn=collate, **BESIDE)
-    fit(optimizer, progress, loader, loss, save)
+    fit(optimizer, progress, DataLoader(trees, batch_size=TREES, collate_fn=collate), loss, save)
 
 
-def save() -> None:
+def save(size: str) -> None:
     """Write the latest weights of `train_dialogues` as a checkpoint folder."""
     tokenizer = nano.build_tokenizer()
-    model = nano.build_model(tokenizer, 0)
-    model.load_state_dict(torch.load(RUNS / "dialogues.pt")["model"])
-    nano.save_checkpoint(model, tokenizer, CHECKPOINT)
-
-
-STAGES = {"tower": train_tower, "symbols": train_symbols, "dialogues": train_dialogues}
+    model = nano.build_model(tokenizer, size, 0)
+    model.load_state_dict(torch.load(RUNS / f"{size}.pt")["model"])
+    nano.save_checkpoint(model, tokenizer, size, CHECKPOINT / size)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=[*STAGES, "save"])
+    parser.add_argument("stage", choices=["tower", "symbols", "trees", "dialogues", "save"])
+    parser.add_argument("--size", choices=nano.SIZES, default="nano", help="for dialogues and save (nano)")
     parser.add_argument("--minutes", type=float, default=20, help="how long to train (20)")
+    parser.add_argument("--scenes", type=int, default=10_000, help="how many trees draws (10,000)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", action="store_true", help="go on from the stage's last save")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     RUNS.mkdir(parents=True, exist_ok=True)
-    if arguments.stage == "save":
-        save()
+    if arguments.stage == "tower":
+        train_tower(arguments.minutes, arguments.seed, arguments.resume)
+    elif arguments.stage == "symbols":
+        train_symbols(arguments.minutes, arguments.seed, arguments.resume)
+    elif arguments.stage == "trees":
+        draw_trees(arguments.scenes, arguments.seed)
+    elif arguments.stage == "dialogues":
+        train_dialogues(arguments.size, arguments.minutes, arguments.seed, arguments.resume)
     else:
-        STAGES[arguments.stage](arguments.minutes, arguments.seed, arguments.resume)
+        save(arguments.size)

@@ -1,10 +1,10 @@
 """Drawn scenes, annotated in Visual Genome's own JSON format.
 
 A scene is laid out first (`layout`: sizes, kinds, colours, labels; cheap) and drawn on demand (`draw`:
-a full-resolution picture). `annotate` says the same scene in Visual Genome's records, so that one
-curation code (`train.curate`) serves drawn scenes and the real data set. Every object carries a
-three-character label 1.4 to 2 % of the picture's longer side high: the whole-picture view cannot
-resolve it, a crop can.
+a full-resolution picture, most of them over a photograph). `annotate` says the same scene in Visual
+Genome's records, so that one curation code (`train.curate`) serves drawn scenes and the real data set.
+Every object carries a three-character label 1.4 to 2 % of the picture's longer side high: the
+whole-picture view cannot resolve it, a crop can.
 """
 
 from __future__ import annotations
@@ -12,14 +12,19 @@ from __future__ import annotations
 import functools
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
-import matplotlib  # ships the DejaVu family under a free licence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-KINDS = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "arrow")
+# both from the most to the least frequent
+KINDS = (
+    "circle", "square", "star", "triangle", "heart", "house",
+    "diamond", "cross", "arrow", "moon", "hexagon", "drop",
+)  # fmt: skip
 COLOURS = {
     "red": (212, 30, 36),
     "orange": (247, 136, 22),
@@ -32,8 +37,32 @@ COLOURS = {
 }
 ALPHABET = "ACEFHJKLMNPRTUVWXY3479"  # no pair that a small font draws alike (0/O, 1/I, 5/S, 8/B …)
 HELD_OUT = 10_000_000  # no training uses the seeds from here on
-FONTS = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSansMono-Bold.ttf", "DejaVuSerif-Bold.ttf")
 ASPECTS = (1.0, 4 / 3, 3 / 2, 16 / 9)
+
+# Fonts and photographs that Python packages ship, all under free licences: (package, file).
+FONTS = (
+    *(
+        ("matplotlib", f"mpl-data/fonts/ttf/DejaVu{name}.ttf")
+        for name in ("Sans", "Sans-Bold", "SansMono-Bold")
+    ),
+    ("matplotlib", "mpl-data/fonts/ttf/DejaVuSerif-Bold.ttf"),
+    *(("font_roboto", f"files/Roboto-{name}.ttf") for name in ("Medium", "Bold")),
+    ("font_source_serif_pro", "files/SourceSerifPro-Semibold.ttf"),
+)
+PHOTOGRAPHS = tuple(
+    ("skimage", f"data/{name}")
+    for name in (
+        "astronaut.png", "brick.png", "camera.png", "chelsea.png",
+        "grass.png", "gravel.png", "hubble_deep_field.jpg", "rocket.jpg",
+    )
+)  # fmt: skip
+# those no training ever saw
+UNSEEN_FONTS = (
+    ("font_caladea", "files/Caladea-Bold.ttf"),
+    ("matplotlib", "mpl-data/fonts/ttf/STIXGeneralBol.ttf"),
+    ("font_roboto", "files/Roboto-Black.ttf"),
+)
+UNSEEN_PHOTOGRAPHS = (("skimage", "data/coffee.png"), ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg"))
 
 Pixels = tuple[float, float, float, float]
 
@@ -59,42 +88,83 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A laid-out picture; `seed` decides everything that drawing adds (background, clutter, fonts)."""
+    """A laid-out picture; `seed` decides everything that drawing adds (background, clutter, fonts).
+
+    `unseen` ones are framed, arranged, printed and set before photographs as none of training's is.
+    """
 
     seed: int
     width: int
     height: int
     things: tuple[Thing, ...]
+    unseen: bool = False
 
 
-def layout(seed: int, fewest: int = 3, most: int = 7) -> Scene:
+def layout(seed: int, fewest: int = 3, most: int = 7, *, unseen: bool = False) -> Scene:
     """Lay out the scene of this seed: 800 to 1600 px, some objects that do not overlap.
 
-    Colours and kinds repeat on purpose, so that a question must name both to be unambiguous.
+    Colours and kinds repeat on purpose, so that a question must name both to be unambiguous. With `unseen`
+    the picture is twice as wide as high, or the other way round, and its objects stand in a grid.
     """
     rng = random.Random(seed)
     longer = rng.randint(800, 1600)
-    shorter = max(800 * longer // 1600, round(longer / rng.choice(ASPECTS)))
+    shorter = longer // 2 if unseen else max(800 * longer // 1600, round(longer / rng.choice(ASPECTS)))
     width, height = (longer, shorter) if rng.random() < 0.6 else (shorter, longer)
-    kinds, colours = rng.sample(KINDS, rng.randint(3, 7)), rng.sample(list(COLOURS), rng.randint(3, 7))
+    kinds, colours = _some(rng, KINDS), _some(rng, tuple(COLOURS))
     things: list[Thing] = []
-    for _ in range(rng.randint(fewest, most)):
+    columns = 4 if width > height else 2
+    places = rng.sample(range(8), 8)
+    for number in range(rng.randint(fewest, most)):
         for _attempt in range(20):
             size = rng.uniform(0.12, 0.20) * longer
-            x = rng.uniform(0.52 * size, width - 0.52 * size)
-            y = rng.uniform(0.52 * size, height - 0.52 * size)
+            if unseen:
+                row, column = divmod(places[number], columns)
+                x, y = (column + 0.5) * longer / 4, (row + 0.5) * longer / 4
+            else:
+                x = rng.uniform(0.52 * size, width - 0.52 * size)
+                y = rng.uniform(0.52 * size, height - 0.52 * size)
             # a margin of 6 % keeps neighbours apart in the small view too
             if all(max(abs(x - t.x), abs(y - t.y)) > 0.53 * (size + t.size) for t in things):
                 label = "".join(rng.choices(ALPHABET, k=3))
                 cap = rng.uniform(0.014, 0.020) * longer
                 things.append(Thing(rng.choice(kinds), rng.choice(colours), label, x, y, size, cap))
                 break
-    return Scene(seed, width, height, tuple(things))
+    return Scene(seed, width, height, tuple(things), unseen)
+
+
+def _some(rng: random.Random, words: Sequence[str]) -> list[str]:
+    """3 to 7 of them, the frequent ones more often."""
+    left, count = list(words), rng.randint(3, 7)
+    return [
+        left.pop(rng.choices(range(len(left)), [popularity(word) for word in left])[0]) for _ in range(count)
+    ]
+
+
+def popularity(word: str) -> float:
+    """How often a kind or a colour is met, relative to others of its sort."""
+    words = KINDS if word in KINDS else tuple(COLOURS)
+    return 1 / (words.index(word) + 3)
+
+
+def _file(package: str, path: str) -> str:
+    found = find_spec(package)
+    assert found is not None, f"the package {package} is missing"
+    assert found.submodule_search_locations is not None
+    return f"{found.submodule_search_locations[0]}/{path}"
 
 
 @functools.cache
-def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}", size)
+def _font(font: tuple[str, str], cap: int) -> ImageFont.FreeTypeFont:
+    """A font whose capitals are about `cap` pixels high."""
+    path = _file(*font)
+    top, bottom = ImageFont.truetype(path, 200).getbbox("H")[1::2]
+    return ImageFont.truetype(path, max(6, round(200 * cap / (bottom - top))))
+
+
+@functools.cache
+def _photograph(photograph: tuple[str, str]) -> Image.Image:
+    with Image.open(_file(*photograph)) as file:
+        return file.convert("RGB")
 
 
 @functools.cache
@@ -115,6 +185,17 @@ def _outline(kind: str) -> tuple[tuple[float, float], ...]:
     elif kind == "star":
         turns = [(math.pi * i / 5 - math.pi / 2, 1.0 if i % 2 == 0 else 0.5) for i in range(10)]
         points = [(r * math.cos(t), r * math.sin(t)) for t, r in turns]
+    elif kind == "hexagon":
+        points = [(math.cos(math.pi * i / 3), math.sin(math.pi * i / 3)) for i in range(6)]
+    elif kind == "house":
+        points = [(0.0, -1.0), (1, -0.2), (0.8, -0.2), (0.8, 1), (-0.8, 1), (-0.8, -0.2), (-1, -0.2)]
+    elif kind == "drop":
+        ts = [2 * math.pi * i / 40 for i in range(40)]
+        points = [(math.sin(t) * math.sin(t / 2) ** 1.5, -math.cos(t)) for t in ts]
+    elif kind == "moon":
+        outer = [math.pi * (0.25 + 1.5 * i / 30) for i in range(31)]
+        points = [(math.cos(t), math.sin(t)) for t in outer]
+        points += [(0.5 + 0.72 * math.cos(t), 0.72 * math.sin(t)) for t in reversed(outer[4:-4])]
     elif kind == "heart":
         ts = [2 * math.pi * i / 40 for i in range(40)]
         points = [
@@ -134,13 +215,17 @@ def _outline(kind: str) -> tuple[tuple[float, float], ...]:
 def draw(scene: Scene) -> Image.Image:
     """Draw the scene: an RGB picture of its full size."""
     rng = np.random.default_rng(scene.seed)
+    fonts, photographs = (UNSEEN_FONTS, UNSEEN_PHOTOGRAPHS) if scene.unseen else (FONTS, PHOTOGRAPHS)
     base = rng.integers(90, 215, 3)
-    small = np.clip(
-        base + rng.integers(-28, 29, (int(rng.integers(2, 7)), int(rng.integers(2, 7)), 3)), 60, 235
-    )
-    picture = Image.fromarray(small.astype(np.uint8)).resize(
-        (scene.width, scene.height), Image.Resampling.BILINEAR
-    )
+    if rng.random() < 0.7:
+        picture = _part(_photograph(photographs[int(rng.integers(len(photographs)))]), scene, rng)
+    else:
+        small = np.clip(
+            base + rng.integers(-28, 29, (int(rng.integers(2, 7)), int(rng.integers(2, 7)), 3)), 60, 235
+        )
+        picture = Image.fromarray(small.astype(np.uint8)).resize(
+            (scene.width, scene.height), Image.Resampling.BILINEAR
+        )
     pen = ImageDraw.Draw(picture)
     longer = max(scene.width, scene.height)
     for _ in range(int(rng.integers(4, 14))):  # clutter: thin lines, specks and unrelated small print
@@ -162,7 +247,7 @@ def draw(scene: Scene) -> Image.Image:
                 (x, y),
                 text,
                 shade,
-                _font(FONTS[int(rng.integers(4))], int(longer * rng.uniform(0.012, 0.022))),
+                _font(fonts[int(rng.integers(len(fonts)))], int(longer * rng.uniform(0.009, 0.016))),
             )
     for thing in scene.things:
         half = thing.size / 2
@@ -171,8 +256,7 @@ def draw(scene: Scene) -> Image.Image:
         edge = tuple(int(v) for v in np.clip(colour * 0.55, 0, 255)) if rng.random() < 0.5 else fill
         points = [(thing.x + half * u, thing.y + half * v) for u, v in _outline(thing.kind)]
         pen.polygon(points, fill, edge, max(1, round(0.004 * longer)))
-        # cap height is 0.73 of a DejaVu font's size
-        font = _font(FONTS[int(rng.integers(len(FONTS)))], max(6, round(thing.cap / 0.73)))
+        font = _font(fonts[int(rng.integers(len(fonts)))], round(thing.cap))
         ink, plate = (
             ((20, 20, 24), (250, 248, 240)) if rng.random() < 0.7 else ((250, 250, 250), (30, 32, 40))
         )
@@ -181,6 +265,20 @@ def draw(scene: Scene) -> Image.Image:
         pen.rectangle((x0 - margin, y0 - margin, x1 + margin, y1 + margin), plate)
         pen.text((thing.x, thing.y), thing.label, ink, font, "mm")
     return picture
+
+
+def _part(photograph: Image.Image, scene: Scene, rng: np.random.Generator) -> Image.Image:
+    """Some part of a photograph, mirrored or not, with less contrast, as large as the scene."""
+    aspect = scene.width / scene.height
+    widest = min(photograph.width, photograph.height * aspect)
+    width = rng.uniform(0.45, 1) * widest
+    x, y = rng.uniform(0, photograph.width - width), rng.uniform(0, photograph.height - width / aspect)
+    box = (x, y, x + width, y + width / aspect)
+    part = photograph.resize((scene.width, scene.height), Image.Resampling.BILINEAR, box)
+    if rng.random() < 0.5:
+        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    contrast, shift = rng.uniform(0.35, 0.85), rng.uniform(30, 110)
+    return part.point([min(255, int(contrast * v + shift)) for v in range(256)] * 3)
 
 
 def annotate(scene: Scene, image_id: int) -> dict[str, dict[str, Any]]:
@@ -223,6 +321,9 @@ def annotate(scene: Scene, image_id: int) -> dict[str, dict[str, Any]]:
     for i, thing in enumerate(scene.things):
         name = f"{thing.colour} {thing.kind}"
         ask("detail", f"What is written on the {name}?", thing.label, [i], i)
+        end = rng.choice(("first", "last"))
+        answer = thing.label[0 if end == "first" else -1]
+        ask("detail", f"What is the {end} character on the {name}?", answer, [i], i)
         ask("attribute", f"What color is the {thing.kind}?", thing.colour, [i], i)
         ask("attribute", f"What shape is the {thing.colour} object?", thing.kind, [i], i)
         ask("existence", f"Is there a {name}?", "yes", [i], i)
@@ -234,12 +335,30 @@ def annotate(scene: Scene, image_id: int) -> dict[str, dict[str, Any]]:
             if abs(apart) > 0.05 * max(scene.width, scene.height):
                 says = "yes" if apart > 0 else "no"
                 ask("relation", f"Is the {name} {axis} the {there.colour} {there.kind}?", says, [i, where], i)
+            if abs(thing.size - there.size) > 0.15 * thing.size:
+                says = "yes" if thing.size > there.size else "no"
+                question = f"Is the {name} larger than the {there.colour} {there.kind}?"
+                ask("relation", question, says, [i, where], i)
 
     pairs = {(t.colour, t.kind) for t in scene.things}
-    for i, thing in enumerate(scene.things):  # absent, but like something present
+    for i, thing in enumerate(scene.things):  # absent, but most often like something present
         near = [(thing.colour, kind) for kind in KINDS] + [(colour, thing.kind) for colour in COLOURS]
+        if rng.random() < 0.3:
+            near = [(colour, kind) for kind in KINDS for colour in COLOURS]
         colour, kind = rng.choice([pair for pair in near if pair not in pairs])
         ask("existence", f"Is there a {colour} {kind}?", "no", [], i)
+    xs, ys = [thing.x for thing in scene.things], [thing.y for thing in scene.things]
+    for name, places, last in (
+        ("leftmost", xs, False), ("rightmost", xs, True), ("topmost", ys, False), ("lowest", ys, True)
+    ):  # fmt: skip
+        order = sorted(range(len(places)), key=places.__getitem__, reverse=last)
+        gaps = [abs(places[order[0]] - places[i]) for i in order[1:]]
+        if gaps and gaps[0] < 0.04 * max(scene.width, scene.height):
+            continue  # nobody could tell
+        i, thing = order[0], scene.things[order[0]]
+        ask("position", f"What color is the {name} object?", thing.colour, [], i)
+        ask("position", f"What shape is the {name} object?", thing.kind, [], i)
+        ask("detail", f"What is written on the {name} object?", thing.label, [], i)
     words = [(k, f"{k}s") for k in KINDS] + [(c, f"{c} objects") for c in COLOURS]
     found = {word: [i for i, t in enumerate(scene.things) if word in (t.kind, t.colour)] for word, _ in words}
     present, absent = ([pair for pair in words if bool(found[pair[0]]) is there] for there in (True, False))

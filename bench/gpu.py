@@ -213,7 +213,7 @@ def prepare(folder: Path = FOLDER, shape: Shape = MODEL, watch: Watch = lambda *
     from dualfocus.bench import hollow
     from dualfocus.export import export_bundle
 
-    nano = ROOT / "train" / "checkpoint"
+    nano = ROOT / "train" / "checkpoints" / "nano"
     todo: dict[str, Callable[[Path], object]] = {
         # before 1.32, ONNX Runtime does not know what the built-in bundle's ragged appends need
         "nano-fp32": lambda out: export_bundle(nano, out, ragged_append=False, progress=lambda _: None)

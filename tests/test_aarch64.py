@@ -25,7 +25,7 @@ from dualfocus.runtime.manifest import Precision
 REPOSITORY = Path(__file__).parent.parent
 PYTHON = REPOSITORY / "build/aarch64/python"
 PICTURE, QUESTION = (REPOSITORY / "examples" / name for name in ("scene.png", "scene.txt"))
-CHECKPOINT = REPOSITORY / "train/checkpoint"
+CHECKPOINT = REPOSITORY / "train/checkpoints/nano"
 # What qemu has nearest to the boards: Cortex-A78AE is of ARMv8.2 with dot products; Neoverse V3AE
 # has vectors of 128 bits (SVE2), products of matrices of bytes, and no SME, which qemu 7.2 gets wrong.
 PROCESSORS = {"orin": "cortex-a76", "thor": "max,sve-max-vq=1,sme=off"}

@@ -21,7 +21,7 @@ from dualfocus.export import export_bundle
 
 TESTS = Path(__file__).parent
 CUDA = TESTS.parent / "build/cuda"
-CHECKPOINT = TESTS.parent / "train/checkpoint"
+CHECKPOINT = TESTS.parent / "train/checkpoints/nano"
 RECORDED_AFTER = 20  # cuda_provider.py's
 # of what runs on the host in the tower
 SHAPES_ONLY = {"Cast", "Concat", "Equal", "Gather", "Reshape", "Slice", "Unsqueeze", "Where"}

@@ -35,7 +35,7 @@ from dualfocus.runtime.manifest import ON_DEVICE
 from dualfocus.runtime.result import FocusResult, ReplyToken
 from dualfocus.train import scenes
 
-CHECKPOINT = Path(__file__).parent.parent / "train" / "checkpoint"
+CHECKPOINT = Path(__file__).parent.parent / "train" / "checkpoints" / "nano"
 QUESTIONS = ["What is written on the red star?", "How many blue circles are there?", "Is it green?"]
 LOSS = 2e-2  # what losses in float16 may differ by from those in float32
 

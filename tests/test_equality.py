@@ -23,7 +23,9 @@ from dualfocus.runtime.manifest import SelectRule
 from dualfocus.runtime.result import FocusResult, Generation, Mode, ReplyToken
 from dualfocus.train import scenes
 
-CHECKPOINT = Path(__file__).parent.parent / "train" / "checkpoint"  # what models/nano was exported from
+CHECKPOINT = (
+    Path(__file__).parent.parent / "train" / "checkpoints" / "nano"
+)  # what models/nano was exported from
 REPLIES = ("macro", "locate", "micro")
 BOXES = ["[0.12, 0.30, 0.55, 0.61]", "[0.71, 0.80, 1.00, 0.97]", "[0.5, 0.5, 0.9, 0.6]", "none"]
 

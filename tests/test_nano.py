@@ -142,6 +142,24 @@ def test_eval_scenes_asks_as_many_as_it_says() -> None:
     assert sum(row["questions"] for name, row in summary["accuracy"].items() if name in bench.CATEGORIES) == 7
 
 
+@pytest.mark.parametrize("setting", bench.POPE)
+def test_pope_asks_for_what_is_absent_in_its_way(setting: str) -> None:
+    frequent = [f"{colour} {kind}" for colour in list(scenes.COLOURS)[:5] for kind in scenes.KINDS[:6]]
+    answers = []
+    for seed in range(200):
+        scene = scenes.layout(seed)
+        asked = bench.pope(scene, setting)
+        answers.append(asked.answer)
+        colour, kind = asked.question.removeprefix("Is there a ").rstrip("?").split()
+        there = [(t.colour, t.kind) for t in scene.things]
+        assert ((colour, kind) in there) == (asked.answer == "yes")
+        if asked.answer == "no" and setting == "popular":
+            assert f"{colour} {kind}" in frequent
+        if asked.answer == "no" and setting == "adversarial" and len(set(there)) > 2:
+            assert colour in {c for c, _ in there} or kind in {k for _, k in there}
+    assert 80 < answers.count("yes") <= 100
+
+
 def test_shares_and_intervals() -> None:
     low, high = bench.wilson(85, 100)
     assert (round(low, 4), round(high, 4)) == (0.7672, 0.9069)  # by hand, from Wilson's formula

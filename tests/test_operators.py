@@ -27,7 +27,7 @@ from dualfocus.export.operators import CONSUMERS, Consumer, types_of, unsupporte
 from dualfocus.runtime.bundle import read_manifest
 from dualfocus.runtime.manifest import CacheType, Precision, Target
 
-CHECKPOINT = Path(__file__).parent.parent / "train" / "checkpoint"
+CHECKPOINT = Path(__file__).parent.parent / "train" / "checkpoints" / "nano"
 
 
 class Form(NamedTuple):

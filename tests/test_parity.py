@@ -27,7 +27,9 @@ from dualfocus.runtime.scheduler import FocusRunner
 from dualfocus.runtime.turns import DUALFOCUS
 from dualfocus.train import scenes
 
-CHECKPOINT = Path(__file__).parent.parent / "train" / "checkpoint"  # what models/nano was exported from
+CHECKPOINT = (
+    Path(__file__).parent.parent / "train" / "checkpoints" / "nano"
+)  # what models/nano was exported from
 
 TIE = 1e-3  # logits of the reference closer than this may swap
 LOSS_TOLERANCE = 1e-3

@@ -30,7 +30,7 @@ from dualfocus.runtime.sequence import embed
 from dualfocus.runtime.turns import Turns
 from dualfocus.train import scenes
 
-CHECKPOINT = Path(__file__).parent.parent / "train" / "checkpoint"
+CHECKPOINT = Path(__file__).parent.parent / "train" / "checkpoints" / "nano"
 QUESTIONS = 60
 
 # KL divergence from float32 at most, likeliest token the same at least, answers the same at least. Seen were

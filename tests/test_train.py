@@ -2,7 +2,10 @@
 
 import copy
 import dataclasses
+import itertools
 import json
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +13,18 @@ import pytest
 import torch
 
 from dualfocus.export import export_bundle
+from dualfocus.export.nano_tower import NanoVisionConfig, NanoVisionModel
 from dualfocus.runtime import Bundle, FocusRunner
 from dualfocus.train import curate, nano, recipe, scenes
 
 WHOLE_VIEW_PIXELS = nano.IMAGE.size
 
 
+@pytest.mark.parametrize("unseen", [False, True])
 @pytest.mark.parametrize("seed", range(8))
-def test_scene_is_what_its_description_says(seed: int) -> None:
-    scene = scenes.layout(seed)
-    assert scene == scenes.layout(seed)
+def test_scene_is_what_its_description_says(seed: int, unseen: bool) -> None:
+    scene = scenes.layout(seed, unseen=unseen)
+    assert scene == scenes.layout(seed, unseen=unseen)
     picture = scenes.draw(scene)
     assert picture.size == (scene.width, scene.height)
     assert picture.mode == "RGB"
@@ -39,6 +44,28 @@ def test_scene_is_what_its_description_says(seed: int) -> None:
         assert y1 <= scene.height
         for other in scene.things[:i]:
             assert max(abs(thing.x - other.x), abs(thing.y - other.y)) > 0.5 * (thing.size + other.size)
+
+
+def test_what_is_unseen_is_nowhere_in_training() -> None:
+    assert not set(scenes.FONTS) & set(scenes.UNSEEN_FONTS)
+    assert not set(scenes.PHOTOGRAPHS) & set(scenes.UNSEEN_PHOTOGRAPHS)
+    shapes = [{scene.width / scene.height for scene in map(lay_out, range(60))} for lay_out in (seen, unseen)]
+    assert max(*shapes[0], *(1 / shape for shape in shapes[0])) < 1.8
+    assert min(max(shape, 1 / shape) for shape in shapes[1]) > 1.99
+
+
+def seen(seed: int) -> scenes.Scene:
+    return scenes.layout(seed)
+
+
+def unseen(seed: int) -> scenes.Scene:
+    return scenes.layout(seed, unseen=True)
+
+
+def test_frequent_kinds_are_met_more_often() -> None:
+    met = Counter(thing.kind for seed in range(400) for thing in scenes.layout(seed).things)
+    assert set(met) == set(scenes.KINDS)
+    assert met["circle"] > 1.5 * met["drop"]
 
 
 def test_different_seeds_draw_different_pictures() -> None:
@@ -65,13 +92,29 @@ def test_annotations_are_visual_genomes(seed: int) -> None:
     assert {o["object_id"] for qa in qas for o in qa["q_objects"]} <= known
 
 
+EXTREMES: dict[str, Callable[[tuple[scenes.Thing, ...]], scenes.Thing]] = {
+    "leftmost": lambda things: min(things, key=lambda t: t.x),
+    "rightmost": lambda things: max(things, key=lambda t: t.x),
+    "topmost": lambda things: min(things, key=lambda t: t.y),
+    "lowest": lambda things: max(things, key=lambda t: t.y),
+}
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_curated_answers_are_true(seed: int) -> None:
     scene = scenes.layout(seed)
     for dialogue in curate.dialogues(scenes.annotate(scene, 0)):
         question, answer = dialogue.question, dialogue.answer
         words = question.rstrip("?").split()
-        if question.startswith("What is written on"):
+        if words[-1] == "object" and words[-2] in EXTREMES:
+            thing = EXTREMES[words[-2]](scene.things)
+            said = {"written": thing.label, "color": thing.colour, "shape": thing.kind}
+            assert answer == next(value for word, value in said.items() if word in words)
+            assert dialogue.box == tuple(round(v) for v in thing.box)
+        elif "character" in words:
+            (thing,) = [t for t in scene.things if words[-2:] == [t.colour, t.kind]]
+            assert answer == thing.label[{"first": 0, "last": 2}[words[3]]]
+        elif question.startswith("What is written on"):
             (thing,) = [t for t in scene.things if words[-2:] == [t.colour, t.kind]]
             assert answer == thing.label
             assert dialogue.box == tuple(round(v) for v in thing.box)
@@ -90,8 +133,8 @@ def test_curated_answers_are_true(seed: int) -> None:
         else:
             (one,) = [t for t in scene.things if words[2:4] == [t.colour, t.kind]]
             (other,) = [t for t in scene.things if words[-2:] == [t.colour, t.kind]]
-            first = one.x < other.x if "left" in words else one.y < other.y
-            assert answer == ("yes" if first else "no")
+            true = {"left": one.x < other.x, "above": one.y < other.y, "larger": one.size > other.size}
+            assert answer == ("yes" if true[words[4]] else "no")
 
 
 def test_ambiguous_questions_are_dropped() -> None:
@@ -160,12 +203,12 @@ def test_tokenizer_reads_back_what_it_wrote() -> None:
 def test_a_tree_trains_what_its_dialogues_would_one_by_one() -> None:
     """Logits at every target of a tree equal those of the whole dialogue fed alone."""
     trees = recipe.Trees(0, pixels=True)
-    model = nano.build_model(trees.tokenizer, 0).eval()
+    model = nano.build_model(trees.tokenizer, "nano", 0).eval()
     dialogues = recipe.Dialogues(model, trees.tokenizer)
     tree = trees.tree(5)
     batch = recipe.collate([trees.tree(4), tree])
     with torch.no_grad():
-        image_tokens = model.get_image_features(pixel_values=recipe.normalise(batch["pixels"]))
+        image_tokens = model.get_image_features(pixel_values=recipe.normalise(batch["seen"]))
         image_tokens = torch.stack(list(image_tokens))
         together, seen = dialogues.loss(batch, image_tokens)
         decoder, losses, weights = model.model.language_model, [], []
@@ -190,20 +233,60 @@ def test_a_tree_trains_what_its_dialogues_would_one_by_one() -> None:
 
 
 @pytest.mark.slow
-def test_the_recipe_runs_from_nothing_to_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second or two of every stage, resumed once: what comes out answers, however badly."""
+def test_the_recipe_runs_from_nothing_to_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second or two of every stage, resumed once: what comes out answers, however badly, in every size."""
     monkeypatch.setattr(recipe, "RUNS", tmp_path)
-    monkeypatch.setattr(recipe, "CHECKPOINT", tmp_path / "checkpoint")
+    monkeypatch.setattr(recipe, "CHECKPOINTS", tmp_path / "checkpoints")
     for resume in (False, True):
-        for stage in recipe.STAGES.values():
-            stage(0.03, 1, resume)
-    assert torch.load(tmp_path / "dialogues.pt")["samples"] > recipe.TREES
+        recipe.train_tower(0.03, 1, resume)
+        recipe.train_symbols(0.03, 1, resume)
     curve = [json.loads(line) for line in (tmp_path / "symbols.jsonl").read_text().splitlines()]
     assert curve[-1]["samples"] > curve[0]["samples"]
-    recipe.save()
-    export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", progress=lambda _: None)
+    recipe.draw_trees(10, 1)
     scene = scenes.layout(scenes.HELD_OUT)
-    result = FocusRunner(Bundle.open(tmp_path / "bundle", threads=1)).ask(
-        np.asarray(scenes.draw(scene)), "Is there a red star?"
-    )
-    assert result.macro is not None
+    for size, layers in nano.SIZES.items():
+        for resume in (False, True):
+            recipe.train_dialogues(size, 0.03, 1, resume)
+        assert torch.load(tmp_path / f"{size}.pt")["samples"] > recipe.TREES
+        recipe.save(size)
+        export_bundle(tmp_path / "checkpoints" / size, tmp_path / size, progress=lambda _: None)
+        bundle = Bundle.open(tmp_path / size, threads=1)
+        assert (bundle.manifest.name, bundle.manifest.decoder.layers) == (size, layers)
+        result = FocusRunner(bundle).ask(np.asarray(scenes.draw(scene)), "Is there a red star?")
+        assert result.macro is not None
+
+
+def test_a_size_starts_from_what_another_learned() -> None:
+    """Layers that nano lacks add nothing at first: nano-l says what nano says."""
+    tokenizer = nano.build_tokenizer()
+    learned = nano.build_model(tokenizer, "nano", 0).eval()
+    with torch.no_grad():  # as after training: no layer adds nothing any more
+        for parameter in learned.model.language_model.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    larger = nano.build_model(tokenizer, "nano-l", 1).eval()
+    recipe.take_over(larger, learned.state_dict())
+    tokens = torch.arange(5, 50)[None]
+    with torch.no_grad():
+        assert torch.equal(
+            larger.model.language_model(tokens).last_hidden_state,
+            learned.model.language_model(tokens).last_hidden_state,
+        )
+    smaller = nano.build_model(tokenizer, "nano-s", 1)
+    recipe.take_over(smaller, learned.state_dict())
+    kept = smaller.model.language_model.layers[2].mlp.down_proj.weight
+    assert torch.equal(kept, learned.model.language_model.layers[2].mlp.down_proj.weight)
+
+
+def test_kept_trees_carry_what_the_tower_saw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "RUNS", tmp_path)
+    tower = NanoVisionModel(NanoVisionConfig()).eval()
+    torch.save({"tower": tower.state_dict()}, tmp_path / "tower.pt")
+    recipe.draw_trees(3, 1)
+    kept = list(itertools.islice(recipe.Kept(0), 6))
+    for round_ in (kept[:3], kept[3:]):
+        for seed in (1_500_000, 1_500_001, 1_500_002):
+            tree = recipe.Trees(0, pixels=True).tree(seed)
+            (same,) = (one for one in round_ if np.array_equal(one.cells, tree.cells))
+            with torch.no_grad():
+                seen = tower(recipe.normalise(torch.from_numpy(tree.seen))).last_hidden_state
+            assert np.allclose(same.seen, seen.numpy(), atol=0.05)  # in bfloat16

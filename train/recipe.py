@@ -11,7 +11,7 @@
 
 Run as ``python -m dualfocus.train.recipe STAGE --minutes M``; every stage saves to ``train/runs/`` and goes
 on from what is there with ``--resume``. ``… save --size SIZE`` writes what `dialogues` saved as the
-checkpoint ``train/checkpoint/SIZE``, from which ``dualfocus export train/checkpoint/nano -o models/nano``
+checkpoint ``train/checkpoints/SIZE``, from which ``dualfocus export train/checkpoints/nano -o models/nano``
 makes the bundle. What was run, for how long and with what curves: ``train/LOG.md``.
 """
 
@@ -44,7 +44,7 @@ from dualfocus.runtime.turns import Image, ImageToken, Prompt, Question, Turn, r
 from dualfocus.train import curate, nano, scenes
 from dualfocus.train.curate import Dialogue
 
-RUNS, CHECKPOINT = Path("train/runs"), Path("train/checkpoint")
+RUNS, CHECKPOINTS = Path("train/runs"), Path("train/checkpoints")
 TREES = 8  # scenes in a step of the later stages
 # Scenes are drawn in a process beside. A fork of this one would hold its engines without their threads, and
 # wait for ever where its garbage collector closes one.
@@ -550,6 +550,12 @@ class Kept(IterableDataset[Tree]):
                 yield replace(self.trees[i], seen=self.features[i * VIEWS : (i + 1) * VIEWS])
 
 
+def take_over(model: LlavaForConditionalGeneration, learned: dict[str, Tensor]) -> None:
+    """Load what another size learned; layers that it lacks stay as they are, and add nothing yet."""
+    own = model.state_dict()
+    model.load_state_dict(own | {name: value for name, value in learned.items() if name in own})
+
+
 def train_dialogues(size: str, minutes: float, seed: int, resume: bool) -> None:
     """Stage 4: projector and decoder on what the tower saw.
 
@@ -560,9 +566,7 @@ def train_dialogues(size: str, minutes: float, seed: int, resume: bool) -> None:
     learned = torch.load(RUNS / "symbols.pt")
     model = nano.build_model(tokenizer, size, seed)
     symbols, dialogues = Symbols(model, tokenizer), Dialogues(model, tokenizer)
-    own = model.state_dict()
-    # layers beyond those learned stay as they are, and add nothing yet
-    model.load_state_dict(own | {name: value for name, value in learned["model"].items() if name in own})
+    take_over(model, learned["model"])
     symbols.load_state_dict(learned["symbols"])
     path, scenes_seen = RUNS / f"{size}.pt", 0
     if resume:
@@ -599,7 +603,7 @@ def save(size: str) -> None:
     tokenizer = nano.build_tokenizer()
     model = nano.build_model(tokenizer, size, 0)
     model.load_state_dict(torch.load(RUNS / f"{size}.pt")["model"])
-    nano.save_checkpoint(model, tokenizer, size, CHECKPOINT / size)
+    nano.save_checkpoint(model, tokenizer, size, CHECKPOINTS / size)
 
 
 if __name__ == "__main__":

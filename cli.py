@@ -449,6 +449,21 @@ def bench_gate(
     _bench("gate", bundle, limit, device, threads, spin, as_json=as_json, save=save, plot=plot)
 
 
+@benches.command("rules")
+def bench_rules(
+    limit: _Limit = 2000,
+    bundle: _Bundle = None,
+    device: _Device = "auto",
+    threads: _Threads = None,
+    spin: _Spin = True,
+    as_json: _Json = False,
+    save: _Save = False,
+    plot: _Plot = None,
+) -> None:
+    """What the rule that chooses between both answers is worth, on drawn scenes that no training ever saw."""
+    _bench("rules", bundle, limit, device, threads, spin, as_json=as_json, save=save, plot=plot)
+
+
 def _bench(
     name: str,
     bundle: Path | None,

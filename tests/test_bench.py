@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +17,13 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from dualfocus import cli, kernels
-from dualfocus.bench import crop, gate, harness, savings
+from dualfocus.bench import crop, gate, harness, rules, savings
 from dualfocus.bench.scripted import PUSH, ScriptedDecoder
 from dualfocus.export import export_bundle
 from dualfocus.runtime import Bundle, FocusRunner
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.errors import InputError
+from dualfocus.runtime.result import Answer, Generation, Pass
 
 FULL_ROWS = [savings.PLAIN, *(f"+ {saving}" for saving in savings.SAVINGS)]
 ROWS = [*FULL_ROWS, savings.MACRO, savings.SECOND, savings.SEVERAL]
@@ -278,6 +280,43 @@ def test_gate(tmp_path: Path) -> None:
         for fact in ("skipped", "accuracy"):
             assert row[fact] == derived[threshold][fact], threshold
     assert "<svg" in (tmp_path / "curve.svg").read_text()
+
+
+def test_rules(tmp_path: Path) -> None:
+    result = answered("rules", "--limit", 20, "--plot", tmp_path / "rules.png")
+    assert list(result["rules"]) == list(rules.RULES)
+    found = {name: row["accuracy"]["all"]["share"] for name, row in result["rules"].items()}
+    assert found["oracle"] == max(found.values())
+    assert result["rules"]["reference"]["gain"]["all"]["mean"] == 0
+    assert result["rules"]["always macro"]["micro"] == 0
+    assert (tmp_path / "rules.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def said(text: str, probability: float) -> Answer:
+    return Answer(text, Generation(text, (1,), (math.log(probability),)))
+
+
+@pytest.mark.parametrize(
+    ("macro", "micro", "reference", "answer", "taken"),
+    [
+        # micro is right, both losses say so, macro was sure enough for the gate and yet less sure than micro
+        (("A", 0.95), ("B", 0.99), "micro", "micro", "A B B B A B - B"),
+        # the losses differ, macro is below the gate and the surer one
+        (("A", 0.8), ("B", 0.5), "macro", "micro", "A B A B A A - B"),
+        (("A", 0.8), ("B", 0.5), "micro", "macro", "A B B A B A - B"),
+        (("B", 0.8), ("B", 0.5), "macro", "macro", "B B B B B B B B"),
+        # no region: the macro answer stands for both
+        (("B", 0.8), None, "macro", "macro", "B B B B B B B B"),
+    ],
+)
+def test_each_rule_takes_its_answer(
+    macro: tuple[str, float], micro: tuple[str, float] | None, reference: Pass, answer: Pass, taken: str
+) -> None:
+    asked = rules.Asked.of(
+        "count", "B", said(*macro), said(*micro) if micro else None, reference=reference, answer=answer
+    )
+    texts = {"macro": macro[0], "micro": (micro or macro)[0], None: "-"}
+    assert [texts[rule(asked)] for rule in rules.RULES.values()] == taken.split()
 
 
 def test_gate_as_a_table() -> None:

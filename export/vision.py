@@ -124,6 +124,7 @@ def store_vision(source: Path, target: Path, precision: Precision, *, half: bool
     data = DataFile(target.with_name(f"{target.name}.data"))
     graph = Graph(data, OPSET, half=half)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    _name_once(model.graph)
     forms = {
         node.output[0]: vision_form(precision, node.name)
         for node in model.graph.node
@@ -147,6 +148,20 @@ def store_vision(source: Path, target: Path, precision: Precision, *, half: bool
             graph.copy(node)
     onnx.save(graph.model(), target)
     data.close()
+
+
+def _name_once(graph: onnx.GraphProto) -> None:
+    """Of weights that are equal, exporting keeps one, and nodes that copy it: name it wherever they are used.
+
+    Such nodes are none that every engine takes.
+    """
+    weights = {tensor.name for tensor in graph.initializer}
+    copies = [node for node in graph.node if node.op_type == "Identity" and node.input[0] in weights]
+    of = {node.output[0]: node.input[0] for node in copies}
+    for node in copies:
+        graph.node.remove(node)
+    for node in graph.node:
+        node.input[:] = [of.get(name, name) for name in node.input]
 
 
 def _halve(graph: onnx.GraphProto) -> None:

@@ -18,6 +18,7 @@ from dualfocus.export import nano_tower, verify
 from dualfocus.export.verify import Floats
 from dualfocus.export.vision import export_vision, store_vision
 from dualfocus.runtime.manifest import Precision
+from dualfocus.train.nano import build_model, build_tokenizer
 
 INT8_ERROR = (
     0.03  # relative, L2; the towers here came to 0.011 to 0.019, in torch's bfloat16 to 0.008 to 0.009
@@ -159,6 +160,22 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_float_is_torch(exported: Exported, pictures: int) -> None:
     got = exported.features("fp32", exported.pixels[:pictures])
     verify.Difference.between("vision", got, exported.expected[:pictures]).check()
+
+
+def test_weights_that_are_equal_need_no_copies(tmp_path: Path) -> None:
+    """A fresh tower has many; engines for GPUs take no nodes that copy weights."""
+    model = build_model(build_tokenizer(), "nano", 0).eval()
+    export_vision(model, tmp_path / "optimum.onnx")
+    store_vision(tmp_path / "optimum.onnx", tmp_path / "fp32.onnx", "fp32")
+
+    def copied(name: str) -> int:
+        return sum(node.op_type == "Identity" for node in onnx.load(tmp_path / name).graph.node)
+
+    assert copied("optimum.onnx") > 0
+    assert copied("fp32.onnx") == 0
+    pixels = np.random.default_rng(7).standard_normal((2, 3, 160, 160), np.float32)
+    expected = verify.image_features(model, pixels)
+    assert relative_error(features(tmp_path / "fp32.onnx", pixels), expected) < 1e-5
 
 
 def test_float_in_a_batch_is_one_by_one(exported: Exported) -> None:

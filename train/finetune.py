@@ -1,0 +1,447 @@
+"""Fine-tunes a LLaVA-type checkpoint on curated dialogues, mixed with LLaVA's own data.
+
+    accelerate launch -m dualfocus.train.finetune CHECKPOINT --dialogues FILE.json --images DIR \\
+        --mix llava.json --mix-images DIR -o OUT
+
+or with `python -m` in one process. Files are as `train.samples` reads them, checkpoints as `dualfocus export`
+does. Without options it is LLaVA-1.5's recipe: projector and language model learn, the vision tower does
+not; one epoch of AdamW in batches of 128 samples, 2e-5 at the peak after 3 % of the way and then a cosine to
+zero; 2,048 tokens, what is longer is cut. With --lora, its recipe for LoRA.
+
+OUT is a Hugging Face checkpoint, complete or not there at all, for `dualfocus export OUT -o BUNDLE`. Its
+weights have the types of CHECKPOINT's, and `curve.jsonl` beside them is the run's curve. Until then the run
+is in .OUT.partial, from where --resume goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
+from huggingface_hub import save_torch_state_dict
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import GenerationConfig, LlavaForConditionalGeneration
+
+from dualfocus.export import checkpoint as checkpoints
+from dualfocus.export import hub
+from dualfocus.export.checkpoint import EMBEDDINGS, Checkpoint
+from dualfocus.runtime.errors import InputError
+from dualfocus.runtime.manifest import Manifest
+from dualfocus.train import loop, samples
+from dualfocus.train.loop import Curve, Step
+from dualfocus.train.samples import IGNORED, Part, Rows, Sample
+
+RATE = 2e-5
+# LLaVA-1.5's LoRA, on every linear layer of the language model; the projector learns whole, at RATE
+LORA_RATE, RANK, ALPHA, DROPOUT = 2e-4, 128, 256, 0.05
+LORA_LAYERS = r"model\.language_model\.layers\..*_proj"
+BIG = 10**9  # parameters, from which on activations are computed again for the backward pass
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+TOKENIZER = [name for name in hub.SMALL if name.startswith(("token", "special", "added", "vocab", "merges"))]
+
+
+class Losses(nn.Module):
+    """A LLaVA whose forward pass is the loss of a `Part`: the sum over its labels, in nats."""
+
+    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+        super().__init__()
+        self.model = model
+        self._no_split_modules = model._no_split_modules  # what FSDP keeps together
+
+    def train(self, mode: bool = True) -> Losses:
+        """The frozen tower stays as it is at inference: nano's has batch norms."""
+        super().train(mode)
+        self.model.model.vision_tower.eval()
+        return self
+
+    def forward(self, ids: Tensor, places: Tensor, labels: Tensor, pixels: Tensor) -> Tensor:
+        model = self.model.model
+        images = torch.cat(model.get_image_features(pixel_values=pixels))
+        embeds = model.get_input_embeddings()(ids)
+        # by place and not by order: of a row that was cut, an image's last tokens may be missing
+        shown = images[places.clamp(min=0)].to(embeds.dtype)
+        embeds = torch.where((places >= 0)[..., None], shown, embeds)
+        # what is padded is behind everything else, so that causal attention hides it
+        states = model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, :-1]
+        targets = labels[:, 1:]
+        wanted = targets != IGNORED
+        logits = self.model.lm_head(states[wanted]).float()
+        return F.cross_entropy(logits, targets[wanted], reduction="sum")
+
+
+def prepare(checkpoint: Checkpoint, *, lora: bool, half: bool) -> tuple[Losses, list[dict[str, Any]]]:
+    """The model that learns, float32, and the optimiser's groups of what does.
+
+    With `half`, matrices that do not learn are bfloat16, as which they are computed with anyway.
+    """
+    model = checkpoint.model
+    model.requires_grad_(not lora)
+    if lora:
+        config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=LORA_LAYERS)
+        inject_adapter_in_model(config, model)
+    adapters = [parameter for parameter in model.parameters() if lora and parameter.requires_grad]
+    model.model.multi_modal_projector.requires_grad_(True)
+    model.model.vision_tower.requires_grad_(False)
+    if sum(parameter.numel() for parameter in model.parameters()) >= BIG:
+        model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    for parameter in model.parameters() if half else ():
+        if not parameter.requires_grad and parameter.dim() > 1:
+            parameter.data = parameter.data.bfloat16()
+    if lora:
+        groups = [{"params": adapters, "lr": LORA_RATE}]
+        groups.append({"params": [*model.model.multi_modal_projector.parameters()], "lr": RATE})
+    else:
+        groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": RATE}]
+    return Losses(model), groups
+
+
+def tuned(checkpoint: Checkpoint, state: Mapping[str, Tensor], trained: set[str]) -> dict[str, Tensor]:
+    """All weights, of the types they are stored in: of `state` what was `trained`, LoRA's merged.
+
+    The rest is read again, so that it is what it was to the bit.
+    """
+    weights = {}
+    for name in checkpoint.names:
+        path = name.removesuffix(".weight")
+        down, up = (f"{path}.lora_{part}.default.weight" for part in "AB")
+        if down in trained:
+            change = state[up].float() @ state[down].float() * (ALPHA / RANK)
+            tensor = checkpoint.weights.read(name) + change.cpu()
+        else:
+            tensor = state[name].cpu() if name in trained else checkpoint.weights.read(name)
+        weights[name] = tensor.to(DTYPES[checkpoint.weights.dtypes[name]])
+    return weights
+
+
+def save_checkpoint(
+    checkpoint: Checkpoint, source: Path, manifest: Manifest, weights: dict[str, Tensor], folder: Path
+) -> None:
+    """Write a Hugging Face checkpoint into the new `folder`, with the tokenizer of `source`'s."""
+    folder.mkdir()
+    save_torch_state_dict(weights, folder, filename_pattern="model{suffix}.safetensors")
+    config = checkpoint.config
+    config.architectures = ["LlavaForConditionalGeneration"]
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = weights[EMBEDDINGS].dtype
+    config.save_pretrained(folder)
+    ends = GenerationConfig(bos_token_id=manifest.tokens.bos, eos_token_id=list(manifest.tokens.eos))
+    ends.save_pretrained(folder)
+    for name in TOKENIZER:
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+    declared = {
+        "prompts": dataclasses.asdict(manifest.prompts),
+        "coordinates": manifest.coordinates,
+        "box": None if manifest.box is None else dataclasses.asdict(manifest.box),
+        "select": manifest.select,
+        "max_new_tokens": manifest.max_new_tokens,
+        "fit": manifest.image.fit,
+    }
+    for name, content in (
+        ("preprocessor_config.json", checkpoint.preprocessor),
+        ("dualfocus.json", declared),
+    ):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def split(total: int, processes: int, most: int) -> tuple[int, int]:
+    """A batch of `total` samples on `processes`: at most `most` rows at once, and how often."""
+    if total % processes:
+        raise InputError(f"--batch is {total}, expected a multiple of the {processes} processes")
+    share = total // processes
+    rows = max(n for n in range(1, min(most, share) + 1) if share % n == 0)
+    return rows, share // rows
+
+
+class Run:
+    """One fine-tuning, from its arguments to OUT."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        """Raises InputError where something given cannot be used."""
+        self.arguments, out = arguments, arguments.out
+        self.folder = out.parent / f".{out.name}.partial"
+        processes = PartialState().num_processes
+        self.rows, self.parts = split(arguments.batch, processes, arguments.per_device)
+        self.accelerator = Accelerator(
+            mixed_precision="no" if arguments.precision == "fp32" else "bf16",
+            gradient_accumulation_steps=self.parts,
+        )
+        self.main = self.accelerator.is_main_process
+        _check_out(out, self.folder, arguments.resume)
+        with self.accelerator.main_process_first():  # where it is downloaded
+            self.source = hub.fetch(arguments.checkpoint)[0]
+        self.checkpoint = checkpoints.load(self.source, out.name, arguments.vision_tower)
+        # A checkpoint becomes a DualFocus one here: other than stock LLaVA's, its boxes are of the picture.
+        coordinates = (self.checkpoint.declared or {}).get("coordinates", "original")
+        self.manifest = checkpoints.describe(self.checkpoint, ragged_append=True, coordinates=coordinates)
+        if coordinates == "model":
+            raise InputError("the checkpoint's boxes are pixels of the model's input, expected fractions")
+        self.learned, self.held_out = self._read()
+        tokens = self.manifest.image.tokens
+        self.lengths = [sample.length(tokens) for sample in self.learned]
+        self.batches = [
+            batch
+            for epoch in range(arguments.epochs)
+            for batch in samples.batches(self.learned, arguments.batch, f"{arguments.seed}/{epoch}")
+        ]
+
+    def _read(self) -> tuple[list[Sample], list[Sample]]:
+        """Samples to learn from and to hold out."""
+        arguments = self.arguments
+        files = [(arguments.dialogues, arguments.images)]
+        if arguments.mix is not None:
+            files.append((arguments.mix, arguments.mix_images or arguments.images))
+        kept: list[Sample] = []
+        for file, pictures in files:
+            found, dropped = samples.read(file, pictures)
+            why = "".join(f", dropped {number:,}: {reason}" for reason, number in sorted(dropped.items()))
+            self.say(f"{file}: {len(found):,} samples{why}")
+            kept += found
+        if len(kept) <= arguments.hold_out:
+            raise InputError(
+                f"{arguments.dialogues} leaves {len(kept)} usable samples, expected more than "
+                f"the {arguments.hold_out} to hold out"
+            )
+        held = samples.batches(kept, max(1, arguments.hold_out), f"{arguments.seed}/held out")
+        out = set([i for batch in held for i in batch][: arguments.hold_out])
+        return [s for i, s in enumerate(kept) if i not in out], [kept[i] for i in sorted(out)]
+
+    def say(self, text: str) -> None:
+        """One line on stderr, from one process."""
+        if self.main:
+            print(text, file=sys.stderr, flush=True)
+
+    def settings(self) -> dict[str, Any]:
+        """What a run to be resumed must have in common with this one."""
+        of = ("batch", "per_device", "length", "epochs", "lr", "lora", "precision", "seed", "hold_out")
+        data = hashlib.sha256()
+        for sample in self.learned:
+            data.update(repr(sample).encode())
+        return {
+            "CHECKPOINT": hashlib.sha256(self.checkpoint.weights.identity.encode()).hexdigest(),
+            "samples": data.hexdigest(),
+            "number of processes": self.accelerator.num_processes,
+        } | {f"--{name.replace('_', '-')}": getattr(self.arguments, name) for name in of}
+
+    def run(self) -> None:
+        """Train, evaluate and save."""
+        arguments, accelerator = self.arguments, self.accelerator
+        torch.manual_seed(arguments.seed)
+        half = arguments.lora and arguments.precision == "bf16"
+        # FSDP shards what is of one type
+        half = half and accelerator.distributed_type != DistributedType.FSDP
+        losses, groups = prepare(self.checkpoint, lora=arguments.lora, half=half)
+        trained = {name for name, p in losses.model.named_parameters() if p.requires_grad}
+        if arguments.lr is not None:
+            groups[0]["lr"] = arguments.lr
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        model, optimizer = accelerator.prepare(losses, optimizer)
+        accelerator.register_save_state_pre_hook(loop.leave_out_frozen)
+        torch.manual_seed(arguments.seed + accelerator.process_index)  # for LoRA's dropout
+        self._begin()
+        done, counts = loop.load_state(accelerator, self.folder)
+        if done:
+            self.say(f"going on behind step {done} of {len(self.batches)}")
+        model.train()
+
+        def loss(part: tuple[Part, float]) -> tuple[Tensor, Mapping[str, float]]:
+            return _loss(model, part[0], accelerator.device) * part[1], {}
+
+        def save(done: int, counts: Mapping[str, int]) -> None:
+            loop.save_state(accelerator, self.folder, done, counts)
+
+        path = self.folder / "curve.jsonl"
+        if self.main:
+            _cut_curve(path, done)
+        with Curve(path if self.main else None, counts) as curve:
+            loop.fit(
+                accelerator,
+                [model],
+                optimizer,
+                loop.by_steps(len(self.batches)),
+                self._steps(done),
+                loss,
+                curve,
+                save,
+                done=done,
+                save_every=arguments.save_every,
+            )
+            for name in ("cut", "unusable"):
+                if number := curve.counts[name]:
+                    self.say(f"{number:,} of {curve.counts['samples']:,} samples were {name}")
+            if self.held_out:
+                mean = self._evaluate(model)
+                self.say(f"held-out loss {mean:.4f} on {len(self.held_out)} samples")
+                curve.write({"held_out": len(self.held_out), "held_out_loss": mean})
+        state = accelerator.get_state_dict(model)
+        if self.main:
+            self._finish({name.removeprefix("model."): tensor for name, tensor in state.items()}, trained)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+
+    def _begin(self) -> None:
+        """Make the run's folder, or see that the one there is of such a run."""
+        file, settings = self.folder / "run.json", self.settings()
+        if file.exists():
+            for name, value in json.loads(file.read_text()).items():
+                if settings[name] != value:
+                    told = "" if len(str(value)) == 64 else f" {value!r}, now {settings[name]!r}"
+                    raise InputError(f"{self.folder} was begun with another {name}{told}: expected the same")
+        self.accelerator.wait_for_everyone()
+        if self.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            aside = file.with_suffix(".new")
+            aside.write_text(json.dumps(settings, indent=2))
+            aside.replace(file)
+        self.accelerator.wait_for_everyone()
+
+    def _loader(self, of: Sequence[Sample], parts: list[list[int]]) -> DataLoader[Part]:
+        rows = Rows(
+            of,
+            self.manifest,
+            self.checkpoint.tokenizer,
+            min(self.arguments.length, self.manifest.decoder.context),
+        )
+        return DataLoader(
+            rows,
+            batch_sampler=parts,
+            collate_fn=rows.collate,
+            num_workers=self.arguments.workers,
+            generator=torch.Generator(),  # else it draws from the one that dropout does
+        )
+
+    def _steps(self, done: int) -> Iterator[Step]:
+        """This process's share of every step behind step `done`."""
+        accelerator = self.accelerator
+        place = self.parts, accelerator.process_index, accelerator.num_processes
+        dealt = [samples.deal(b, self.lengths, self.rows, *place) for b in self.batches[done:]]
+        parts = iter(self._loader(self.learned, [part for step in dealt for part in step]))
+        names = ("samples", "tokens", "targets", "cut", "unusable")
+        for _ in dealt:
+            step = list(islice(parts, self.parts))
+            own = torch.tensor([[part.counts[name] for name in names] for part in step]).sum(0)
+            every = accelerator.reduce(own.to(accelerator.device), "sum").tolist()
+            counts = dict(zip(names, every, strict=True))
+            # every label of the batch counts alike, wherever it is
+            weight = len(step) * accelerator.num_processes / max(1, counts["targets"])
+            yield Step([(part, weight) for part in step], counts)
+
+    def _evaluate(self, model: nn.Module) -> float:
+        """The held-out samples' mean loss a label."""
+        accelerator = self.accelerator
+        own = range(len(self.held_out))
+        cut = [list(own[at : at + self.rows]) for at in range(0, len(own), self.rows)]
+        cut += [[] for _ in range(-len(cut) % accelerator.num_processes)]  # all run as many
+        total = torch.zeros(2, device=accelerator.device)
+        model.eval()
+        with torch.no_grad(), accelerator.autocast():
+            for part in self._loader(
+                self.held_out, cut[accelerator.process_index :: accelerator.num_processes]
+            ):
+                loss = _loss(model, part, accelerator.device)
+                total += torch.stack([loss, loss.new_tensor(part.counts["targets"])])
+        summed, labels = accelerator.reduce(total, "sum").tolist()
+        return float(summed / max(1.0, labels))
+
+    def _finish(self, state: Mapping[str, Tensor], trained: set[str]) -> None:
+        """Write OUT, aside first."""
+        aside = self.folder / "checkpoint"
+        shutil.rmtree(aside, ignore_errors=True)
+        weights = tuned(self.checkpoint, state, trained)
+        save_checkpoint(self.checkpoint, self.source, self.manifest, weights, aside)
+        shutil.copyfile(self.folder / "curve.jsonl", aside / "curve.jsonl")
+        out: Path = self.arguments.out
+        aside.replace(out)
+        shutil.rmtree(self.folder)
+        self.say(f"{out}: fine-tuned; dualfocus export {out} -o BUNDLE makes a bundle of it")
+
+
+def _loss(model: nn.Module, part: Part, device: torch.device) -> Tensor:
+    tensors = (part.ids, part.places, part.labels, part.pixels)
+    found: Tensor = model(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+    return found
+
+
+def _check_out(out: Path, folder: Path, resume: bool) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is there already, expected nothing or an empty folder")
+    if folder.exists() and not resume:
+        raise InputError(
+            f"{folder} is of a run that was interrupted: --resume goes on with it, expected it to be removed "
+            "otherwise"
+        )
+
+
+def _cut_curve(path: Path, done: int) -> None:
+    """Of an interrupted run's curve, keep the lines up to the step that it goes on from."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    path.write_text("".join(f"{line}\n" for line in islice(lines, done)), encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; what was given and cannot be used is one sentence, and exit status 2."""
+    parser = argparse.ArgumentParser(
+        prog="dualfocus.train.finetune",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    say = parser.add_argument
+    say("checkpoint", metavar="CHECKPOINT", help="a folder, or an id on the Hugging Face Hub")
+    say("--dialogues", type=Path, required=True, metavar="FILE", help="what curation wrote")
+    say("--images", type=Path, required=True, metavar="DIR", help="its pictures")
+    say("--mix", type=Path, metavar="FILE", help="LLaVA's samples, to learn too")
+    say("--mix-images", type=Path, metavar="DIR", help="their pictures (as --images)")
+    say("-o", "--out", type=Path, required=True, metavar="OUT", help="where the checkpoint goes")
+    say("--epochs", type=count, default=1, help="how often each sample is seen (1)")
+    say("--lr", type=float, help=f"peak learning rate ({RATE}; with --lora {LORA_RATE})")
+    say("--batch", type=count, default=128, help="samples a step, of all processes (128)")
+    say("--per-device", type=count, default=16, help="of these at once on a device, at most (16)")
+    say("--length", type=count, default=2048, help="tokens behind which a sample is cut (2048)")
+    say("--lora", action="store_true", help="learn low-rank changes instead, merged at the end")
+    say("--precision", choices=["bf16", "fp32"], default="bf16", help="what is computed in (bf16)")
+    say("--hold-out", type=amount, default=0, metavar="N", help="samples kept for a final evaluation (0)")
+    say("--seed", type=amount, default=0)
+    say("--workers", type=amount, default=min(4, (os.cpu_count() or 1) - 1), help="that read pictures")
+    say("--save-every", type=count, default=500, metavar="N", help="steps between two saves (500)")
+    say("--vision-tower", metavar="DIR|ID", help="in the place of the one that CHECKPOINT names")
+    say("--resume", action="store_true", help="go on with an interrupted run, if there is one")
+    for name in ("accelerate", "huggingface_hub"):  # which tell of every file that they write
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        Run(parser.parse_args(arguments)).run()
+    except (InputError, OSError) as error:
+        print(f"dualfocus: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def amount(text: str) -> int:
+    """For argparse, which says these functions' names: 0 or more."""
+    number = int(text)
+    if number < 0:
+        raise ValueError
+    return number
+
+
+def count(text: str) -> int:
+    """1 or more."""
+    return amount(text) or amount("none")
+
+
+if __name__ == "__main__":
+    main()

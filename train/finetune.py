@@ -436,17 +436,17 @@ def _refuse(reason: object) -> NoReturn:
     sys.exit(2)
 
 
-def amount(text: str) -> int:
-    """For argparse, which says these functions' names: 0 or more."""
+def amount(text: str, least: int = 0) -> int:
+    """For argparse, whose complaint names the function: a whole number."""
     number = int(text)
-    if number < 0:
+    if number < least:
         raise ValueError
     return number
 
 
 def count(text: str) -> int:
-    """1 or more."""
-    return amount(text) or amount("none")
+    """The same, 1 or more."""
+    return amount(text, 1)
 
 
 if __name__ == "__main__":

@@ -21,17 +21,17 @@ import hashlib
 import json
 import logging
 import os
+import random
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
-from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -133,15 +133,13 @@ def save_checkpoint(
     checkpoint: Checkpoint, source: Path, manifest: Manifest, weights: dict[str, Tensor], folder: Path
 ) -> None:
     """Write a Hugging Face checkpoint into the new `folder`, with the tokenizer of `source`'s."""
-    folder.mkdir()
-    save_torch_state_dict(weights, folder, filename_pattern="model{suffix}.safetensors")
-    config = checkpoint.config
-    config.architectures = ["LlavaForConditionalGeneration"]
-    for part in (config, config.text_config, config.vision_config):
-        part.dtype = weights[EMBEDDINGS].dtype
-    config.save_pretrained(folder)
-    ends = GenerationConfig(bos_token_id=manifest.tokens.bos, eos_token_id=list(manifest.tokens.eos))
-    ends.save_pretrained(folder)
+    skeleton = checkpoint.skeleton.to(weights[EMBEDDINGS].dtype)  # which config.json tells
+    for part in (skeleton.config.text_config, skeleton.config.vision_config):
+        part.dtype = skeleton.dtype
+    skeleton.generation_config = GenerationConfig(
+        bos_token_id=manifest.tokens.bos, eos_token_id=list(manifest.tokens.eos)
+    )
+    skeleton.save_pretrained(folder, state_dict=weights)
     for name in TOKENIZER:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
@@ -182,6 +180,8 @@ class Run:
             mixed_precision="no" if arguments.precision == "fp32" else "bf16",
             gradient_accumulation_steps=self.parts,
         )
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise InputError("accelerate is configured for DeepSpeed, expected FSDP, DDP or one process")
         self.main = self.accelerator.is_main_process
         _check_out(out, self.folder, arguments.resume)
         with self.accelerator.main_process_first():  # where it is downloaded
@@ -218,8 +218,7 @@ class Run:
                 f"{arguments.dialogues} leaves {len(kept)} usable samples, expected more than "
                 f"the {arguments.hold_out} to hold out"
             )
-        held = samples.batches(kept, max(1, arguments.hold_out), f"{arguments.seed}/held out")
-        out = set([i for batch in held for i in batch][: arguments.hold_out])
+        out = set(random.Random(f"{arguments.seed}/held out").sample(range(len(kept)), arguments.hold_out))
         return [s for i, s in enumerate(kept) if i not in out], [kept[i] for i in sorted(out)]
 
     def say(self, text: str) -> None:
@@ -286,7 +285,7 @@ class Run:
                 if number := curve.counts[name]:
                     self.say(f"{number:,} of {curve.counts['samples']:,} samples were {name}")
             if self.held_out:
-                mean = self._evaluate(model)
+                mean = self._evaluate(model, curve)
                 self.say(f"held-out loss {mean:.4f} on {len(self.held_out)} samples")
                 curve.write({"held_out": len(self.held_out), "held_out_loss": mean})
         state = accelerator.get_state_dict(model)
@@ -300,9 +299,11 @@ class Run:
         file, settings = self.folder / "run.json", self.settings()
         if file.exists():
             for name, value in json.loads(file.read_text()).items():
-                if settings[name] != value:
-                    told = "" if len(str(value)) == 64 else f" {value!r}, now {settings[name]!r}"
-                    raise InputError(f"{self.folder} was begun with another {name}{told}: expected the same")
+                if (now := settings[name]) != value:
+                    raise InputError(
+                        f"{self.folder} was begun with {name} {value!r:.12}, "
+                        f"expected the same, got {now!r:.12}"
+                    )
         self.accelerator.wait_for_everyone()
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -342,18 +343,18 @@ class Run:
             weight = len(step) * accelerator.num_processes / max(1, counts["targets"])
             yield Step([(part, weight) for part in step], counts)
 
-    def _evaluate(self, model: nn.Module) -> float:
+    def _evaluate(self, model: nn.Module, curve: Curve) -> float:
         """The held-out samples' mean loss a label."""
         accelerator = self.accelerator
-        own = range(len(self.held_out))
-        cut = [list(own[at : at + self.rows]) for at in range(0, len(own), self.rows)]
+        every = range(len(self.held_out))
+        cut = [list(every[at : at + self.rows]) for at in range(0, len(every), self.rows)]
         cut += [[] for _ in range(-len(cut) % accelerator.num_processes)]  # all run as many
         total = torch.zeros(2, device=accelerator.device)
         model.eval()
         with torch.no_grad(), accelerator.autocast():
-            for part in self._loader(
-                self.held_out, cut[accelerator.process_index :: accelerator.num_processes]
-            ):
+            own_parts = cut[accelerator.process_index :: accelerator.num_processes]
+            for i, part in enumerate(self._loader(self.held_out, own_parts)):
+                curve.show("held out", i / len(own_parts))
                 loss = _loss(model, part, accelerator.device)
                 total += torch.stack([loss, loss.new_tensor(part.counts["targets"])])
         summed, labels = accelerator.reduce(total, "sum").tolist()
@@ -421,26 +422,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     say("--save-every", type=count, default=500, metavar="N", help="steps between two saves (500)")
     say("--vision-tower", metavar="DIR|ID", help="in the place of the one that CHECKPOINT names")
     say("--resume", action="store_true", help="go on with an interrupted run, if there is one")
-    for name in ("accelerate", "huggingface_hub"):  # which tell of every file that they write
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it tells of every file that it writes
     try:
         Run(parser.parse_args(arguments)).run()
+    except torch.OutOfMemoryError:
+        _refuse("the device's memory is too small for this model and --per-device")
     except (InputError, OSError) as error:
-        print(f"dualfocus: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(error)
 
 
-def amount(text: str) -> int:
-    """For argparse, which says these functions' names: 0 or more."""
+def _refuse(reason: object) -> NoReturn:
+    print(f"dualfocus: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
+def amount(text: str, least: int = 0) -> int:
+    """For argparse, whose complaint names the function: a whole number."""
     number = int(text)
-    if number < 0:
+    if number < least:
         raise ValueError
     return number
 
 
 def count(text: str) -> int:
-    """1 or more."""
-    return amount(text) or amount("none")
+    """The same, 1 or more."""
+    return amount(text, 1)
 
 
 if __name__ == "__main__":

@@ -67,8 +67,9 @@ class Curve:
     def __init__(
         self, path: Path | None, counts: Mapping[str, int] | None = None, *, every: float = 0.0
     ) -> None:
-        """Lines go to the end of `path`, `every` so many seconds and at the end; None: this process writes
-        none. `counts` is what earlier runs, which this one goes on from, have seen.
+        """Lines go to the end of `path`, one `every` so many seconds; None: this process writes none.
+
+        `counts` is what earlier runs, which this one goes on from, have seen.
         """
         self.counts = Counter(counts)
         self._first, self._every = Counter(counts), every
@@ -99,12 +100,12 @@ class Curve:
         """Take in one step: `values` are written as means since the last line, `counts` as sums."""
         self.counts.update(counts)
         for name, value in values.items():
-            self._means.setdefault(name, []).append(value)
+            if math.isfinite(value):  # what a step had nothing of, has no mean
+                self._means.setdefault(name, []).append(value)
         now = time.monotonic()
         unit = "tokens" if "tokens" in self.counts else "samples"
         speed = (self.counts[unit] - self._first[unit]) / max(now - self._start, 1e-9)
-        text = f"loss {values['loss']:.3f}  {speed:,.0f} {unit}/s"
-        self._bar.update(self._task, description=text, completed=min(1.0, share))
+        self.show(f"loss {values['loss']:.3f}  {speed:,.0f} {unit}/s", share)
         if now - self._last >= self._every or share >= 1:
             self._last = now
             means = {name: sum(seen) / len(seen) for name, seen in self._means.items()}
@@ -112,11 +113,14 @@ class Curve:
             self.write({"minutes": minutes, "step": step, **self.counts, **means})
             self._means = {}
 
+    def show(self, text: str, share: float) -> None:
+        """What is done, and how much of it is."""
+        self._bar.update(self._task, description=text, completed=min(1.0, share))
+
     def write(self, line: Mapping[str, float]) -> None:
-        """One line; what is no number, as the mean of nothing, is null."""
+        """One line."""
         if self._file is not None:
-            plain = {key: value if math.isfinite(value) else None for key, value in line.items()}
-            self._file.write(json.dumps(plain) + "\n")
+            self._file.write(json.dumps(line) + "\n")
             self._file.flush()
 
 
@@ -163,8 +167,8 @@ def fit(
         mean = accelerator.reduce(total, "mean").item()
         if not math.isfinite(mean):
             raise InputError(f"the loss of step {done} is {mean}: expected a number, try a lower rate")
-        share, peak = schedule(done), optimizer.param_groups[0]["lr"]
-        curve.note(done, share, {"loss": mean, "lr": peak, **values}, step.counts)
+        share, lr = schedule(done), optimizer.param_groups[0]["lr"]
+        curve.note(done, share, {"loss": mean, "lr": lr, **values}, step.counts)
         if share >= 1 or done % save_every == 0:
             save(done, curve.counts)
         if share >= 1:
@@ -200,11 +204,12 @@ def load_state(accelerator: Accelerator, folder: Path) -> tuple[int, dict[str, i
 
 
 def leave_out_frozen(models: list[nn.Module], weights: list[dict[str, Tensor]], _: str) -> None:
-    """For `Accelerator.register_save_state_pre_hook`: a state is of what learns alone."""
+    """For `Accelerator.register_save_state_pre_hook`: a state is of what learns alone, and buffers."""
     for model, state in zip(models, weights, strict=bool(weights)):  # FSDP has saved its own already
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                del state[name]
+        kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        kept |= {name for name, _ in model.named_buffers()}
+        for name in state.keys() - kept:
+            del state[name]
 
 
 def _states(folder: Path) -> dict[int, Path]:

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO, cast
@@ -348,41 +348,79 @@ _Save = Annotated[bool, typer.Option("--save", help="Keep the result under bench
 _Plot = Annotated[Path | None, typer.Option(metavar="OUT", help="Draw the result: OUT.svg or OUT.png.")]
 
 
-evaluate = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure answers, not time.")
-app.add_typer(evaluate, name="eval")
-
-
-@evaluate.command()
-def scenes(
-    limit: _Limit = 2000,
+@app.command("eval")
+def evaluate(
+    benchmark: Annotated[
+        Literal["textvqa", "gqa-mcq", "seed", "mmbench", "pope", "scenes", "scenes-unseen"],
+        typer.Argument(
+            metavar="BENCHMARK",
+            help="textvqa, gqa-mcq, seed, mmbench, pope; or scenes, drawn ones, and scenes-unseen, laid out "
+            "and set before photographs as no training saw them.",
+        ),
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The benchmark's files, laid out as for LLaVA's scripts."),
+    ] = None,
+    mode: Annotated[
+        Literal["dual", "macro", "micro"],
+        typer.Option(help="Both passes, which tells of each alone too, or one of them."),
+    ] = "dual",
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Questions to ask  [default: all; 2000 scenes]")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="ANSWERS.jsonl",
+            help="The answers, gone on with  [default: BENCHMARK-MODEL-MODE.jsonl; none of scenes]",
+        ),
+    ] = None,
     bundle: _Bundle = None,
     device: _Device = "auto",
     threads: _Threads = None,
     as_json: _Json = False,
     save: _Save = False,
 ) -> None:
-    """Ask about drawn scenes that no training ever saw."""
+    """Measure answers, not time: a benchmark's score by its official rule."""
     with _errors():
-        from rich.progress import track
+        import re
 
+        from dualfocus.bench import accuracy, questions
+        from dualfocus.bench.answers import Answers, Line, Run
         from dualfocus.runtime import Bundle, FocusRunner
-        from dualfocus.runtime.bundle import BUILT_IN
+        from dualfocus.runtime.bundle import BUILT_IN, read_manifest
+        from dualfocus.runtime.errors import InputError
 
-        with _needs_train("eval scenes"):
-            from dualfocus.bench import harness
-            from dualfocus.bench import scenes as bench
+        if (data is None) != benchmark.startswith("scenes"):
+            needed = "scenes are drawn, expected no" if data else f"{benchmark} is read from files, expected"
+            raise InputError(f"{needed} --data DIR")
+        manifest, digest = read_manifest(bundle or BUILT_IN)
+        run = Run(benchmark, mode, manifest.name, digest[:16])
+        if data is not None:
+            asked = questions.read(benchmark, data)
+            out = out or Path(re.sub(r"[^\w.-]+", "_", f"{benchmark}-{manifest.name}-{mode}") + ".jsonl")
+        else:
+            with _needs_train("eval scenes"):
+                from dualfocus.bench import scenes
+            asked, limit = scenes.benchmark(limit or 2000, unseen=benchmark == "scenes-unseen"), None
+        if out is not None:
+            _check_writable("--out", out)
 
-        model = Bundle.open(bundle or BUILT_IN, device=device, threads=threads)
-        asked = bench.ask_all(FocusRunner(model), bench.held_out(limit))
-        outcomes = list(
-            track(asked, "asking", total=limit, console=_stderr(), disable=not _watched(sys.stderr))
-        )
-        result = {
-            **harness.header("scenes", threads),
-            "bundle": model.manifest.name,
-            **bench.summarise(outcomes),
-        }
-        _report(result, _print_accuracy, as_json=as_json, save=save)
+        def ask(open: Sequence[questions.Asked]) -> Iterable[Line]:
+            model = Bundle.open(bundle or BUILT_IN, device=device, threads=threads)
+            return accuracy.ask_all(FocusRunner(model), run, open)
+
+        try:
+            with Answers(out, run) as answers, _progress() as watch:
+                result = accuracy.run(asked, answers, ask, manifest, limit, threads, watch)
+        except KeyboardInterrupt:
+            if out is not None:
+                _say(f"interrupted: the same command goes on with {out}")
+            raise
+        _report(result, accuracy.show, as_json=as_json, save=save)
 
 
 benches = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure time.")
@@ -903,35 +941,6 @@ def _print_devices(*, as_json: bool) -> None:
     for name, version in found["versions"].items():
         rows.add_row(_text(name, "dim"), _text(version))
     _console().print(rows)
-
-
-def _print_accuracy(result: dict[str, Any], console: Console) -> None:
-    """Shares right in percent, with the 95 % interval of dual."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for column in ("", "questions", "macro", "micro", "dual", "interval", "oracle"):
-        table.add_column(column, justify="right" if column else "left")
-    for group, row in result["accuracy"].items():
-        shares = {name: f"{100 * row[name]['share']:.1f}" for name in ("macro", "micro", "dual", "oracle")}
-        interval = f"{100 * row['dual']['low']:.1f} to {100 * row['dual']['high']:.1f}"
-        table.add_row(
-            group,
-            str(row["questions"]),
-            shares["macro"],
-            shares["micro"],
-            shares["dual"],
-            interval,
-            shares["oracle"],
-        )
-    console.print(table)
-    if boxes := result["boxes"]:
-        fitting = 100 * boxes["iou_50"]["share"]
-        console.print(f"boxes with IoU of at least 0.5: {fitting:.1f} % of {boxes['asked']}")
-    chosen = ", ".join(f"{name} {count}" for name, count in result["chosen"].items())
-    console.print(
-        f"chosen: {chosen}; no micro answer: {result['fallbacks']}; median {result['median_ms']} ms"
-    )
 
 
 def _line(text: str) -> str:

@@ -21,7 +21,8 @@ import numpy as np
 
 from dualfocus.bench import harness
 from dualfocus.bench.harness import Watch
-from dualfocus.bench.scenes import GLOBAL, held_out, share
+from dualfocus.bench.scenes import GLOBAL, held_out
+from dualfocus.bench.scorers import share
 from dualfocus.runtime import Bundle, FocusRunner
 from dualfocus.runtime.image import Picture
 from dualfocus.runtime.scheduler import ALL

@@ -6,8 +6,8 @@ A table stands between two comments, and is replaced by what the benchmark's `ma
     ...
     <!-- /bench -->
 
-The name is a result's, bench/results/DATE-NAME.json, of which the newest counts. `--check` writes nothing,
-and exits with 1 where a table is not what it would be.
+The name is a result's, bench/results/DATE-NAME.json, of which the newest counts; several that share a table
+are joined by "+". `--check` writes nothing, and exits with 1 where a table is not what it would be.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dualfocus.bench.compare import read
 from dualfocus.runtime.errors import InputError
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-TABLE = re.compile(r"(<!-- bench:(?P<name>[\w.-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- bench:(?P<name>[\w.+-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 DATE = "????-??-??"
 
 
@@ -35,14 +35,16 @@ def newest(name: str) -> Path:
     return found[-1]
 
 
-def table(name: str) -> str:
-    """The table of the newest result of that name. InputError if its benchmark makes none."""
-    path = newest(name)
-    result = read(path)
-    module = importlib.import_module(f"dualfocus.bench.{result['bench']}")
+def table(names: str) -> str:
+    """The table of the newest results of those names. InputError if their benchmark makes none."""
+    paths = [newest(name) for name in names.split("+")]
+    results = [read(path) for path in paths]
+    # what has a score for each pass is a benchmark of answers
+    bench = "accuracy" if "mode" in results[0] else results[0]["bench"]
+    module = importlib.import_module(f"dualfocus.bench.{bench}")
     if not hasattr(module, "markdown"):
-        raise InputError(f"{path}: the benchmark {result['bench']} makes no table for README")
-    return f"{module.markdown(result)}\n"
+        raise InputError(f"{paths[0]}: the benchmark {bench} makes no table for README")
+    return f"{module.markdown(*results)}\n"
 
 
 def rewritten(text: str) -> str:

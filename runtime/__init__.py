@@ -17,6 +17,7 @@ from dualfocus.runtime.image import open_picture
 from dualfocus.runtime.plain import PlainRunner
 from dualfocus.runtime.result import FocusResult, ReplyToken, Stage
 from dualfocus.runtime.scheduler import FocusRunner, Session
+from dualfocus.runtime.turns import Question
 
 __all__ = [
     "Bundle",
@@ -27,6 +28,7 @@ __all__ = [
     "InputError",
     "PictureError",
     "PlainRunner",
+    "Question",
     "QuestionError",
     "Region",
     "ReplyToken",

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 
 from dualfocus.runtime.bundle import Bundle
 from dualfocus.runtime.cache import KVCache
@@ -20,9 +19,9 @@ from dualfocus.runtime.grammar import BoxCursor
 from dualfocus.runtime.image import Picture, whole
 from dualfocus.runtime.manifest import SelectRule
 from dualfocus.runtime.result import Answer, Counters, FocusResult, Generation, Mode, StageClock
-from dualfocus.runtime.selection import loss
+from dualfocus.runtime.selection import candidates, loss
 from dualfocus.runtime.sequence import embed, likeliest, log_softmax
-from dualfocus.runtime.turns import Prompt, Turns, micro_answer
+from dualfocus.runtime.turns import Prompt, Question, Turns, micro_answer
 
 
 class PlainRunner:
@@ -43,13 +42,14 @@ class PlainRunner:
         self._on_stage = on_stage
 
     def ask(
-        self, picture: Picture, question: str, mode: Mode = "dual", *, box_reply: str | None = None
+        self, picture: Picture, question: str | Question, mode: Mode = "dual", *, box_reply: str | None = None
     ) -> FocusResult:
         """The same answer as `scheduler.FocusRunner.ask` gives, and the same errors."""
         self._bundle.device.use()
         manifest = self._bundle.manifest
         turns = Turns(manifest, self._bundle.tokenizer, question)
         turns.check_length(macro_only=mode == "macro")
+        options = turns.question.options
         clock, counters = StageClock(), Counters()
         model = _Model(self._bundle, picture, counters)
         crops = {"whole": whole(picture)}
@@ -62,7 +62,7 @@ class PlainRunner:
 
         if mode != "micro":
             enter("macro")
-            macro = Answer.of(model.generate(turns.macro("whole"), crops))
+            macro = Answer.of(model.generate(turns.macro("whole"), crops), options)
         if mode != "macro":
             if box_reply is None:
                 enter("locate")
@@ -79,15 +79,15 @@ class PlainRunner:
                 except QuestionError as error:  # a reply can take more tokens than when it was said
                     region = Region(region.box, None, str(error))
                 else:
-                    micro = Answer.of(model.generate(prompt, crops), micro_answer)
+                    micro = Answer.of(model.generate(prompt, crops), options, micro_answer)
             if macro is None and micro is None:
                 enter("macro")
-                macro = Answer.of(model.generate(turns.macro("whole"), crops))
-            if macro and micro and macro.text != micro.text:
+                macro = Answer.of(model.generate(turns.macro("whole"), crops), options)
+            texts = candidates(macro, micro, options)
+            if macro and micro and texts:
                 enter("select")
-                candidate = partial(turns.select, "whole", "crop", box_reply)
                 with suppress(QuestionError):  # no room to score what was said: the macro answer stands
-                    prompts = candidate(macro.text), candidate(micro.text)
+                    prompts = [turns.select("whole", "crop", box_reply, text) for text in texts]
                     losses = [self._loss(model.score(prompt, crops)) for prompt in prompts]
                     macro, micro = replace(macro, loss=losses[0]), replace(micro, loss=losses[1])
         return FocusResult.conclude(macro, located, region, micro, counters, clock.stop())

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from dualfocus.runtime.geometry import Box, Crop, Region
+from dualfocus.runtime.turns import letter
 
 Mode = Literal["dual", "macro", "micro"]
 Pass = Literal["macro", "micro"]
@@ -31,18 +32,27 @@ class Generation:
 
 @dataclass(frozen=True)
 class Answer:
-    """One pass's answer. `text` is what a user sees; `loss` is None where nothing had to be scored."""
+    """One pass's answer. `text` is what was said; `loss` is None where nothing had to be scored.
+
+    `letter` is that of the option which the text names, None where it names none or there are none.
+    """
 
     text: str
     generation: Generation
     loss: float | None = None
+    letter: str | None = None
 
     @classmethod
     def of(
-        cls, generation: Generation, finish: Callable[[str], str] = str, loss: float | None = None
+        cls,
+        generation: Generation,
+        options: Sequence[str],
+        finish: Callable[[str], str] = str,
+        loss: float | None = None,
     ) -> Answer:
-        """A reply as an answer; `finish` makes the final text of it."""
-        return cls(finish(generation.text), generation, loss)
+        """A reply as an answer to a question with `options`; `finish` makes the final text of it."""
+        text = finish(generation.text)
+        return cls(text, generation, loss, letter(text, options))
 
 
 @dataclass
@@ -104,7 +114,7 @@ class StageClock:
 class FocusResult:
     """An answered question. A pass that did not run is None."""
 
-    answer: str
+    answer: str  # the letter of an option, where one was named
     chosen: Pass
     skipped: bool  # the macro answer was sure enough not to look closer
     fallback: str | None  # why no micro answer could be had
@@ -128,17 +138,19 @@ class FocusResult:
         *,
         skipped: bool = False,
     ) -> FocusResult:
-        """Choose the lower loss, macro where both are equal or not scored; a pass that is alone wins."""
-        chosen: Pass = "macro"
-        if macro is None or (
-            micro and macro.loss is not None and micro.loss is not None and micro.loss < macro.loss
-        ):
-            chosen = "micro"
-        answer = micro if chosen == "micro" else macro
+        """Choose the lower loss, macro where both are equal or not scored.
+
+        A pass that is alone wins, and one that is alone in naming an option.
+        """
+        if macro and micro and macro.loss is not None and micro.loss is not None:
+            is_micro = micro.loss < macro.loss
+        else:
+            is_micro = macro is None or (micro is not None and micro.letter is not None and not macro.letter)
+        answer = micro if is_micro else macro
         assert answer is not None
         return cls(
-            answer.text,
-            chosen,
+            answer.letter or answer.text,
+            "micro" if is_micro else "macro",
             skipped,
             region.problem,
             region.box,

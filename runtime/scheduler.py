@@ -35,9 +35,9 @@ from dualfocus.runtime.result import (
     Stage,
     StageClock,
 )
-from dualfocus.runtime.selection import Candidate
+from dualfocus.runtime.selection import Candidate, candidates
 from dualfocus.runtime.sequence import CachedSequence, Extension, common_prefix, extend
-from dualfocus.runtime.turns import ImageToken, Prompt, Turns, micro_answer
+from dualfocus.runtime.turns import ImageToken, Prompt, Question, Turns, micro_answer
 
 
 @dataclass(frozen=True)
@@ -82,17 +82,22 @@ class _Asked:
         return self.replies[name].generation if name in self.replies else None
 
     @property
-    def candidates(self) -> tuple[Answer | None, Answer | None]:
+    def answers(self) -> tuple[Answer | None, Answer | None]:
         """The macro and the micro answer."""
-        macro, micro = self.said("macro"), self.said("micro")
+        macro, micro, options = self.said("macro"), self.said("micro"), self.turns.question.options
         return (
-            Answer.of(macro, loss=self.losses[0]) if macro else None,
-            Answer.of(micro, micro_answer, self.losses[1]) if micro else None,
+            Answer.of(macro, options, loss=self.losses[0]) if macro else None,
+            Answer.of(micro, options, micro_answer, self.losses[1]) if micro else None,
         )
+
+    @property
+    def candidates(self) -> tuple[str, str] | None:
+        """The texts to be scored for both, if they are."""
+        return candidates(*self.answers, self.turns.question.options)
 
     def conclude(self, times_ms: dict[str, float]) -> FocusResult:
         """The finished question's result."""
-        macro, micro = self.candidates
+        macro, micro = self.answers
         located = self.said("locate")
         return FocusResult.conclude(
             macro, located, self.region, micro, self.counters, times_ms, skipped=self.skipped
@@ -158,7 +163,7 @@ class FocusRunner:
         self._ahead: dict[str, tuple[_Asked, Future[Array]]] = {}  # by name: crops that are being encoded
 
     def ask(
-        self, picture: Picture, question: str, mode: Mode = "dual", *, box_reply: str | None = None
+        self, picture: Picture, question: str | Question, mode: Mode = "dual", *, box_reply: str | None = None
     ) -> FocusResult:
         """Answer `question` about `picture`, (H, W, 3) uint8 RGB, upright.
 
@@ -171,14 +176,16 @@ class FocusRunner:
         assert isinstance(result, FocusResult)
         return result
 
-    def stream(self, picture: Picture, question: str, mode: Mode = "dual") -> Iterator[Event]:
+    def stream(self, picture: Picture, question: str | Question, mode: Mode = "dual") -> Iterator[Event]:
         """What `ask` does, as it happens: stages, the replies' tokens, the region, at last the result.
 
         The picture is copied. Times include what the reader of the stream does between events.
         """
         return self.session(picture).stream(question, mode)
 
-    def ask_many(self, asked: Sequence[tuple[Picture, str]], mode: Mode = "dual") -> list[FocusResult]:
+    def ask_many(
+        self, asked: Sequence[tuple[Picture, str | Question]], mode: Mode = "dual"
+    ) -> list[FocusResult]:
         """Answer several (picture, question) pairs, up to `batch` at once: `ask`'s answers, in order.
 
         Pictures and crops are encoded together and replies decoded together. A result's times are those
@@ -195,7 +202,7 @@ class FocusRunner:
         kept.flags.writeable = False
         return Session(self, kept, image_name(kept, self._bundle.digest))
 
-    def _turns(self, question: str, mode: Mode) -> Turns:
+    def _turns(self, question: str | Question, mode: Mode) -> Turns:
         assert mode in get_args(Mode), f"mode is {mode!r}"
         turns = Turns(self._bundle.manifest, self._bundle.tokenizer, question)
         turns.check_length(macro_only=mode == "macro")
@@ -275,7 +282,7 @@ class FocusRunner:
             for a in blind:
                 yield from self._begin(a, "macro", a.turns.macro(a.whole))
             yield from self._decode(blind)
-        if undecided := [a for a in wave if _disagree(*a.candidates)]:
+        if undecided := [a for a in wave if a.candidates]:
             yield enter("select")
             self._score(undecided)
         times = clock.stop()
@@ -444,9 +451,9 @@ class FocusRunner:
         pairs: list[tuple[_Asked, list[Candidate]]] = []
         parted: list[Extension] = []
         for a in wave:
-            box, recall = a.box_reply, self._savings.select
+            box, texts, recall = a.box_reply, a.candidates, self._savings.select
             assert box is not None
-            texts = [answer.text for answer in a.candidates if answer]
+            assert texts is not None
             try:
                 prompts = [a.turns.select(a.whole, a.crop, box, text) for text in texts]
             except QuestionError:  # no room to score what was said: the macro answer stands
@@ -490,17 +497,13 @@ class Session:
         self._picture = picture
         self._name = name
 
-    def ask(self, question: str, mode: Mode = "dual") -> FocusResult:
+    def ask(self, question: str | Question, mode: Mode = "dual") -> FocusResult:
         """As `FocusRunner.ask`."""
         *_, result = self.stream(question, mode)
         assert isinstance(result, FocusResult)
         return result
 
-    def stream(self, question: str, mode: Mode = "dual") -> Iterator[Event]:
+    def stream(self, question: str | Question, mode: Mode = "dual") -> Iterator[Event]:
         """As `FocusRunner.stream`."""
         turns = self._runner._turns(question, mode)
         return self._runner._stream(_Asked(self._picture, turns, mode, whole=self._name))
-
-
-def _disagree(macro: Answer | None, micro: Answer | None) -> bool:
-    return macro is not None and micro is not None and macro.text != micro.text

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from dualfocus.runtime.manifest import SelectRule
+from dualfocus.runtime.result import Answer
 from dualfocus.runtime.sequence import UNKNOWN, CachedSequence, Extension
 from dualfocus.runtime.turns import Prompt
 
@@ -18,6 +19,19 @@ def loss(box_reply: Sequence[float], candidate: Sequence[float], rule: SelectRul
     """
     scored = [*box_reply, *candidate] if rule == "reference" else candidate
     return -sum(scored) / len(scored)
+
+
+def candidates(macro: Answer | None, micro: Answer | None, options: Sequence[str]) -> tuple[str, str] | None:
+    """The texts to score for both answers, None where there is nothing to decide.
+
+    An answer is scored as it is, a letter as the text of its option.
+    """
+    if macro is None or micro is None or (options and not (macro.letter and micro.letter)):
+        return None
+    texts = [
+        options[ord(answer.letter) - ord("A")] if answer.letter else answer.text for answer in (macro, micro)
+    ]
+    return None if texts[0] == texts[1] else (texts[0], texts[1])
 
 
 class Candidate:

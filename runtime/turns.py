@@ -48,6 +48,35 @@ CHATML = replace(
 )
 
 
+@dataclass(frozen=True)
+class Wording:
+    """The turns that a benchmark's script words in its own way, for models that know `DUALFOCUS`' table.
+
+    Beside {Q} and {T}, {C} is the question's context and {CQ} the question behind it. `history` is the
+    locate turn as the later ones remember it, `candidate` what is scored of an {answer}.
+    """
+
+    locate: str = DUALFOCUS.locate
+    history: str = DUALFOCUS.locate
+    select: str = DUALFOCUS.select
+    candidate: str = "{answer}"
+
+
+# As the authors' scripts render them, slips included: a select turn ends with a space but in MMBench, whose
+# candidates begin with a second "ASSISTANT:", and a context that is not there reads "nan" in its history.
+SEED = Wording(select=DUALFOCUS.select.replace(":{Q}", ": {Q}"))
+GQA_MCQ = Wording(select="<image>\n{Q}\nAnswer the question using a single word or phrase. ")
+MMBENCH = Wording(
+    locate="<image>\n{CQ}\nPlease provide the bounding box coordinate of the region this question asks.",
+    history="<image>\n{C}\nPlease provide the bounding box coordinate of the region this question asks: {Q}",
+    select=(
+        "<image>\nPlease combine the information from these two images and answer this question: {CQ} "
+        "Answer the question using a single word or phrase."
+    ),
+    candidate="ASSISTANT: {answer}",
+)
+
+
 class ImageToken(NamedTuple):
     """One of an image's tokens: `position` in 0..T-1 of the image whose pixels `image` names."""
 
@@ -60,22 +89,30 @@ Token = int | ImageToken  # a row of the embedding table, or of an encoded image
 
 @dataclass(frozen=True)
 class Question:
-    """A question as the turns need it: `first_line` is {Q}, `whole` is {T}."""
+    """A question as the turns need it: `first_line` is {Q}, `whole` is {T}, which holds all its hints.
+
+    A multiple-choice question has `options`, without their letters: A, B, and so on are those of their
+    order. `wording` is its benchmark's, and `context` what MMBench says before a question.
+    Raises QuestionError if there is no question, or one with bytes that are no UTF-8 (surrogates).
+    """
 
     first_line: str
     whole: str
+    options: tuple[str, ...] = ()
+    context: str = ""
+    wording: Wording = Wording()
+
+    def __post_init__(self) -> None:
+        if not self.first_line.strip():
+            raise QuestionError("the question is empty")
+        for text in (self.first_line, self.whole, self.context, *self.options):
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise QuestionError(f"the question {text!r:.60} is not text in UTF-8")
 
     @classmethod
     def parse(cls, text: str, hint: str) -> Question:
-        """Further lines of `text` are hints of its own; without any, `hint` becomes the second line.
-
-        Raises QuestionError if there is no question, or one with bytes that are no UTF-8 (surrogates).
-        """
+        """Further lines of `text` are hints of its own; without any, `hint` becomes the second line."""
         text = text.strip()
-        if not text:
-            raise QuestionError("the question is empty")
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise QuestionError(f"the question {text!r:.60} is not text in UTF-8")
         # as the authors' code does: splitlines() would also take a form feed or U+2028 for a line's end
         first_line, *hints = text.split("\n")
         whole = text if hints or not hint else f"{text}\n{hint}"
@@ -119,11 +156,20 @@ class Turns:
     `whole` and `crop` name the two images; `reply` is the model's box, as text.
     """
 
-    def __init__(self, manifest: Manifest, tokenizer: Tokenizer, question: str) -> None:
-        """Raises QuestionError as `Question.parse` does."""
+    def __init__(self, manifest: Manifest, tokenizer: Tokenizer, question: str | Question) -> None:
+        """A text is parsed. Raises QuestionError as `Question` does.
+
+        A question's wording is for the table that its benchmark was worded for: a manifest with prompts
+        of its own says what its model was trained on, and they stand.
+        """
+        prompts = manifest.prompts
+        if isinstance(question, str):
+            question = Question.parse(question, prompts.hint)
+        self.question = question
         self._manifest = manifest
         self._tokenizer = tokenizer
-        self._question = Question.parse(question, manifest.prompts.hint)
+        own = Wording(prompts.locate, prompts.locate, prompts.select)
+        self._wording = question.wording if prompts == DUALFOCUS else own
 
     def macro(self, whole: str) -> Prompt:
         """Step 1: the question, on the whole picture."""
@@ -131,31 +177,36 @@ class Turns:
 
     def locate(self, whole: str) -> Prompt:
         """Step 2: where to look."""
-        return self._prompt([whole], Turn(self._manifest.prompts.locate))
+        return self._prompt([whole], Turn(self._wording.locate))
 
     def micro(self, whole: str, crop: str, reply: str) -> Prompt:
         """Step 3: the question, on both images, with step 2 as history."""
-        prompts = self._manifest.prompts
-        return self._prompt([whole, crop], Turn(prompts.locate, reply), Turn(prompts.micro))
+        history = Turn(self._wording.history, reply)
+        return self._prompt([whole, crop], history, Turn(self._manifest.prompts.micro))
 
     def select(self, whole: str, crop: str, reply: str, candidate: str) -> Prompt:
         """Step 4: a candidate answer to be scored; its replies are the box and the candidate."""
-        prompts = self._manifest.prompts
-        return self._prompt([whole, crop], Turn(prompts.locate, reply), Turn(prompts.select, candidate))
+        wording = self._wording
+        scored = Turn(wording.select, wording.candidate.replace("{answer}", candidate))
+        return self._prompt([whole, crop], Turn(wording.history, reply), scored)
 
     def check_length(self, *, macro_only: bool) -> None:
         """Raise QuestionError if a prompt, with the longest replies, would not fit the model's context."""
         manifest, longest = self._manifest, self._manifest.max_new_tokens
         need = len(self.macro("whole").tokens) + longest
         if not macro_only:
-            micro, select = self.micro("whole", "crop", ""), self.select("whole", "crop", "", "")
-            need = max(need, 2 * longest + max(len(micro.tokens), len(select.tokens)))
+            micro = self.micro("whole", "crop", "")
+            need = max(need, len(micro.tokens) + 2 * longest)
+            options = self.question.options
+            for candidate in options or [""]:  # what is scored is an option, or as long as a reply can be
+                select = self.select("whole", "crop", "", candidate)
+                need = max(need, len(select.tokens) + (1 if options else 2) * longest)
         if need > manifest.decoder.context:
             raise _too_long(need, manifest)
 
     def _prompt(self, images: Sequence[str], *turns: Turn) -> Prompt:
         manifest = self._manifest
-        pieces = render(manifest.prompts, self._question, turns)
+        pieces = render(manifest.prompts, self.question, turns)
         prompt = tokenize(pieces, self._tokenizer, manifest.tokens, images, manifest.image.tokens)
         if len(prompt.tokens) > manifest.decoder.context:
             raise _too_long(len(prompt.tokens), manifest)
@@ -174,16 +225,34 @@ def micro_answer(reply: str) -> str:
     return reply.strip("\n").strip(".")
 
 
+def letter(reply: str, options: Sequence[str]) -> str | None:
+    """The capital letter of the option that `reply` names, None if it names none.
+
+    A reply longer than one character is read as the authors' code does: by its first character where that
+    is one of a to d, else as the first option whose text it contains or is contained in, in either case.
+    So of options beyond D, which their benchmarks do not have, "E" is read, and "E. a cat" by its text. A
+    letter that no option has, at which their code fails, names none.
+    """
+    letters = [chr(ord("A") + at) for at in range(len(options))]
+    said = reply.lower()
+    if said[1:] and said[0] not in "abcd":
+        texts = zip(letters, map(str.lower, options), strict=True)
+        return next((name for name, text in texts if said in text or text in said), None)
+    return next((name for name in letters if name.lower() == said[:1]), None)
+
+
 def render(prompts: Prompts, question: Question, turns: Sequence[Turn]) -> list[Piece]:
     """The dialogue of `turns` about `question` as pieces, in order."""
-    fields = {"{Q}": question.first_line, "{T}": question.whole}
+    first_line, context = question.first_line, question.context
+    fields = {"{Q}": first_line, "{T}": question.whole, "{C}": context or "nan"}
+    fields["{CQ}"] = f"{context}\n{first_line}" if context else first_line
     pieces: list[Piece] = [Text(prompts.system)]
     for turn in turns:
         for i, text in enumerate(prompts.user.replace("{turn}", turn.template).split(prompts.image)):
             if i:
                 pieces.append(Image())
             # one pass over the template: a question that contains "{T}" stays as it was typed
-            pieces.append(Text(re.sub(r"\{[QT]\}", lambda field: fields[field[0]], text)))
+            pieces.append(Text(re.sub(r"\{(?:Q|T|C|CQ)\}", lambda field: fields[field[0]], text)))
         if turn.reply is not None:
             pieces.append(Text(prompts.reply.replace("{answer}", turn.reply), reply=True))
     return pieces

@@ -21,7 +21,7 @@ from dualfocus.runtime.image import Picture, view, whole
 from dualfocus.runtime.result import Answer, FocusResult, Generation, ReplyName
 from dualfocus.runtime.scheduler import Savings
 from dualfocus.runtime.sequence import embed
-from dualfocus.runtime.turns import Prompt, Turns
+from dualfocus.runtime.turns import Prompt, Question, Turns
 
 TOLERANCE = 1e-4  # of losses and log-probabilities
 TIE = 1e-3  # logits of the plain runner closer than this may swap
@@ -54,7 +54,7 @@ class Pair:
     """A question about a picture; `box_reply` stands for what the model would say to the locate turn."""
 
     picture: Picture
-    question: str
+    question: str | Question
     box_reply: str | None = None
 
 

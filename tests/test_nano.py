@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
+from dualfocus.bench import accuracy
 from dualfocus.bench import scenes as bench
-from dualfocus.cli import app
+from dualfocus.bench.answers import Answers, Run
 from dualfocus.runtime import Bundle, FocusRunner, PlainRunner, open_picture
 from dualfocus.runtime.bundle import BUILT_IN, read_manifest, verify
 from dualfocus.runtime.engines import Floats
@@ -133,15 +133,6 @@ def test_the_example_is_answered(bundle: Bundle) -> None:
     assert Image.open(ROOT / "examples" / "scene.png").size == (picture.shape[1], picture.shape[0])
 
 
-def test_eval_scenes_asks_as_many_as_it_says() -> None:
-    result = CliRunner().invoke(app, ["eval", "scenes", "--limit", "7", "--threads", "1", "--json"])
-    assert result.exit_code == 0, result.output
-    summary = json.loads(result.stdout)
-    assert summary["questions"] == 7
-    assert sum(summary["chosen"].values()) == 7
-    assert sum(row["questions"] for name, row in summary["accuracy"].items() if name in bench.CATEGORIES) == 7
-
-
 @pytest.mark.parametrize("setting", bench.POPE)
 def test_pope_asks_for_what_is_absent_in_its_way(setting: str) -> None:
     frequent = [f"{colour} {kind}" for colour in list(scenes.COLOURS)[:5] for kind in scenes.KINDS[:6]]
@@ -160,17 +151,19 @@ def test_pope_asks_for_what_is_absent_in_its_way(setting: str) -> None:
     assert 80 < answers.count("yes") <= 100
 
 
-def test_shares_and_intervals() -> None:
-    low, high = bench.wilson(85, 100)
-    assert (round(low, 4), round(high, 4)) == (0.7672, 0.9069)  # by hand, from Wilson's formula
-    assert bench.iou((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)
-    assert bench.iou((0, 0, 1, 1), (2, 2, 3, 3)) == 0
-    assert bench.iou((3, 3, 1, 1), (0, 0, 4, 4)) == 0  # an inverted box fits nothing
-
-
 def test_it_reads_what_the_whole_picture_hides(bundle: Bundle) -> None:
     """200 held-out questions: the floor is far below what is reported, and far above chance."""
-    summary = bench.summarise(list(bench.ask_all(FocusRunner(bundle), bench.held_out(200))))
+    run = Run("scenes", "dual", bundle.manifest.name, bundle.digest)
+    runner = FocusRunner(bundle)
+    with Answers(None, run) as answers:
+        summary = accuracy.run(
+            bench.benchmark(200),
+            answers,
+            lambda todo: accuracy.ask_all(runner, run, todo),
+            bundle.manifest,
+            None,
+            1,
+        )
     detail, everything = summary["accuracy"]["detail"], summary["accuracy"]["all"]
     assert detail["macro"]["share"] < 0.1
     assert detail["dual"]["share"] > detail["macro"]["share"] + 0.2

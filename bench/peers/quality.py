@@ -24,7 +24,8 @@ import numpy.typing as npt
 from dualfocus.bench.harness import Watch
 from dualfocus.bench.peers.base import Engines, Precision, Work
 from dualfocus.bench.peers.process import Child, PeerError
-from dualfocus.bench.scenes import held_out, share
+from dualfocus.bench.scenes import held_out
+from dualfocus.bench.scorers import share
 from dualfocus.runtime import Bundle, PlainRunner
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.engines import Decoder, Floats

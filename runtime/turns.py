@@ -81,6 +81,12 @@ class Question:
         whole = text if hints or not hint else f"{text}\n{hint}"
         return cls(first_line.rstrip(), whole)
 
+    def fill(self, template: str) -> str:
+        """A prompt's template, or a part of one, with this question in its placeholders."""
+        fields = {"{Q}": self.first_line, "{T}": self.whole}
+        # one pass over the template: a question that contains "{T}" stays as it was typed
+        return re.sub(r"\{[QT]\}", lambda field: fields[field[0]], template)
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -176,14 +182,12 @@ def micro_answer(reply: str) -> str:
 
 def render(prompts: Prompts, question: Question, turns: Sequence[Turn]) -> list[Piece]:
     """The dialogue of `turns` about `question` as pieces, in order."""
-    fields = {"{Q}": question.first_line, "{T}": question.whole}
     pieces: list[Piece] = [Text(prompts.system)]
     for turn in turns:
         for i, text in enumerate(prompts.user.replace("{turn}", turn.template).split(prompts.image)):
             if i:
                 pieces.append(Image())
-            # one pass over the template: a question that contains "{T}" stays as it was typed
-            pieces.append(Text(re.sub(r"\{[QT]\}", lambda field: fields[field[0]], text)))
+            pieces.append(Text(question.fill(text)))
         if turn.reply is not None:
             pieces.append(Text(prompts.reply.replace("{answer}", turn.reply), reply=True))
     return pieces

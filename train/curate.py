@@ -26,7 +26,7 @@ _WORD = re.compile(r"\w+")
 
 
 class Drop(StrEnum):
-    """Why a question is left out: the first of these that holds. The last two need more than annotations."""
+    """Why a question is left out: the first of these that holds. The last three are `train.dataset`'s."""
 
     NO_REGION = "no region and no object with a box"
     AMBIGUOUS = "the asked object is there more than once"
@@ -34,8 +34,8 @@ class Drop(StrEnum):
     APART = "region that touches none of the named objects"
     OUTSIDE = "box outside the picture"
     WHOLE = "box around nearly the whole picture"
-    THIN = "box without an area once written with two decimals"
     TWICE = "asked more than once, with answers or boxes that disagree"
+    THIN = "box without an area once written with two decimals"
     NO_SIZE = "picture that image_data does not list"
     NO_FILE = "picture whose file is missing"
 
@@ -71,19 +71,19 @@ def judge(records: Records) -> list[tuple[int, Dialogue | Drop]]:
     for qa in records["question_answers"]["qas"]:
         key, said = qa["qa_id"], _words(qa["question"])
         answer = micro_answer(qa["answer"].strip())  # as the runtime ends one
-        named = [place for o in (*qa["q_objects"], *qa["a_objects"]) if (place := things.box(o))]
         region = regions.get(mapping.get(str(key)))
+        named = [place for o in (*qa["q_objects"], *qa["a_objects"]) if (place := things.box(o))]
         box: Box | Drop
-        if region is not None:
+        if region is None and not named:
+            box = Drop.NO_REGION
+        elif things.ambiguous(qa["q_objects"], said, answer):
+            box = Drop.AMBIGUOUS
+        elif region is not None:
             x, y = region["x"], region["y"]
             box = _checked((x, y, x + region["width"], y + region["height"]), named, image)
-        elif named:
+        else:
             x0, y0, x1, y1 = zip(*named, strict=True)
             box = _checked((min(x0), min(y0), max(x1), max(y1)), named, image)
-        else:
-            box = Drop.NO_REGION
-        if box is not Drop.NO_REGION and things.ambiguous(qa["q_objects"], said, answer):
-            box = Drop.AMBIGUOUS
         if isinstance(box, Drop):
             judged[key] = box
             continue
@@ -151,13 +151,13 @@ class _Things:
         for name in asked.names:
             for attribute in asked.attributes:
                 if attribute + name[1:] in said:
-                    return sum(name in t.names and attribute in t.attributes for t in self._all)
+                    return len([t for t in self._all if name in t.names and attribute in t.attributes])
         for name in asked.names:
             if name in said:
-                return sum(name in t.names for t in self._all)
+                return len([t for t in self._all if name in t.names])
         for attribute in asked.attributes:
             if attribute in said:
-                return sum(attribute in t.attributes for t in self._all)
+                return len([t for t in self._all if attribute in t.attributes])
         return len(self._all)
 
 
@@ -182,16 +182,13 @@ def _checked(box: Box, named: Sequence[Box], image: Mapping[str, Any]) -> Box | 
         return Drop.EMPTY
     if named and not any(_shared(box, other) for other in named):
         return Drop.APART
-    inside = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
-    area = _shared(box, (0, 0, width, height))
-    if area < INSIDE * (x1 - x0) * (y1 - y0):
-        return Drop.OUTSIDE
-    if area >= WHOLE * width * height:
-        return Drop.WHOLE
-    left, top, right, bottom = fractions(inside, width, height)
-    if left >= right or top >= bottom:
-        return Drop.THIN
-    return inside
+    area = (x1 - x0) * (y1 - y0)
+    if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
+        inside = _shared(box, (0, 0, width, height))
+        if inside < INSIDE * area:
+            return Drop.OUTSIDE
+        box, area = (max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)), inside
+    return Drop.WHOLE if area >= WHOLE * width * height else box
 
 
 def _agree(same: Sequence[Any]) -> bool:

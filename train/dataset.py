@@ -108,6 +108,9 @@ def _write(
                     dropped[judged] += 1
                     continue
                 area = fractions(judged.box, width, height)
+                if area[0] >= area[2] or area[1] >= area[3]:  # the crop would be empty
+                    dropped[Drop.THIN] += 1
+                    continue
                 made = sample(f"{key}_{question}", image, area, judged)
                 file.write(",\n" * (kept > 0) + json.dumps(made))
                 x0, y0, x1, y1 = judged.box

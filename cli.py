@@ -231,6 +231,30 @@ def export(
 
 
 @app.command()
+def curate(
+    visual_genome: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of Visual Genome's JSON files, unpacked or .json.zip.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder to write, a new one.")],
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Its pictures, or VG_100K and VG_100K_2  [default: in the other DIR]"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Chooses the samples of the contact sheet.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the statistics as one JSON object.")] = False,
+) -> None:
+    """Make training dialogues from Visual Genome's questions and regions."""
+    with _errors():
+        with _needs_train("curate"):
+            from dualfocus.train import dataset
+        with _progress() as watch:
+            statistics = dataset.build(visual_genome, out, images=images, seed=seed, watch=watch)
+        print(json.dumps(statistics) if as_json else f"{out}: {dataset.markdown(statistics)}")
+
+
+@app.command()
 def inspect(
     bundle: Annotated[
         Path | None,
@@ -641,9 +665,30 @@ def bench_export(
         _report(result, bench.show, as_json=as_json, save=save)
 
 
+@benches.command("curate")
+def bench_curate(
+    pictures: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Of the made-up data set; the real one has 108,077.")
+    ] = 100_000,
+    folder: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where 5 GB may lie meanwhile  [default: among temporary files]"),
+    ] = None,
+    as_json: _Json = False,
+    save: _Save = False,
+) -> None:
+    """Time and memory of curating a made-up Visual Genome of full size."""
+    with _errors():
+        with _needs_train("bench curate"):
+            from dualfocus.bench import curate as bench
+        with _progress() as watch:
+            result = bench.run(pictures, folder, watch)
+        _report(result, bench.show, as_json=as_json, save=save)
+
+
 @contextmanager
 def _needs_train(command: str) -> Iterator[None]:
-    """Around imports: scenes are drawn with what the extra `train` installs."""
+    """Around imports of what the extra `train` installs."""
     from dualfocus.runtime.errors import InputError
 
     try:

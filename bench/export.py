@@ -10,7 +10,6 @@ processes answer a question, one behind the other, and two more once the bundle'
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -39,7 +38,6 @@ Layout = Literal["original", "huggingface"]
 
 QUESTION = "What is written on the red sign above the door?"
 ORIGINAL_TOWER = (336, 24, 1024)
-EVERY = 0.02  # seconds between two looks at a process's memory
 PRIVATE_LIMIT = 4_000_000_000  # bytes that an export may take
 SHARD_BYTES = {"original": 9_980_000_000, "huggingface": 4_990_000_000}  # as large as the published shards
 
@@ -62,7 +60,8 @@ def run(
         write_checkpoint(shape, layout, checkpoint, watch)
     command = [sys.executable, "-m", "dualfocus.cli", "export", str(checkpoint), "-o", str(bundle)]
     watch("export", 0, 1)
-    exported = _measured([*command, "--precision", precision])
+    exported = harness.child([*command, "--precision", precision])
+    exported["said"] = [line for line in exported["said"] if "|onnx - torch|" not in line]
     manifest, digest = read_manifest(bundle)
     result = harness.header("export", threads, manifest=manifest) | {
         "layout": layout,
@@ -124,28 +123,6 @@ def write_checkpoint(shape: Shape, layout: Layout, folder: Path, watch: Watch) -
             "image_aspect_ratio": "pad",
         }
     (folder / "config.json").write_text(json.dumps(raw))
-
-
-def _measured(command: list[str]) -> dict[str, Any]:
-    """Seconds that `command` took, its private and its whole memory at the most, and what it said."""
-    begin = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        peaks = {"peak_rss": 0, "rss_anon": 0}
-        while process.poll() is None:
-            for name, found in fresh.memory(process.pid).items():
-                peaks[name] = max(peaks[name], found or 0)
-            time.sleep(EVERY)
-        assert process.stdout is not None
-        said = process.stdout.read().splitlines()
-    if process.returncode:
-        raise InputError(f"bench export: the export ended with exit status {process.returncode}")
-    seconds = time.perf_counter() - begin
-    return {
-        "seconds": seconds,
-        "peak_rss_anon": peaks["rss_anon"],
-        "peak_rss": peaks["peak_rss"],
-        "said": [line for line in said if "|onnx - torch|" not in line],
-    }
 
 
 def _size(folder: Path) -> int:

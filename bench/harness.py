@@ -29,6 +29,7 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualfocus import kernels
+from dualfocus.bench import fresh
+from dualfocus.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from dualfocus.runtime.manifest import Manifest
 
 SCHEMA = 2  # of the JSON objects
+EVERY = 0.02  # seconds between two looks at a child's memory
 RESULTS = Path(__file__).parent / "results"
 CPUINFO, BOARD = Path("/proc/cpuinfo"), Path("/sys/firmware/devicetree/base/model")
 PACKAGES = (
@@ -110,6 +114,33 @@ def interleaved(
         candidates[name]()
         milliseconds[name].append(1e3 * (time.perf_counter() - begin))
     return {name: Timing.of(values[-rounds:]) for name, values in milliseconds.items()}
+
+
+def child(command: Sequence[str]) -> dict[str, Any]:
+    """Seconds that a process took, its private and its whole memory at the most, and the lines it said.
+
+    Memory is 0 where the system does not tell it. InputError if the process fails.
+    """
+    begin = time.perf_counter()
+    said: list[str] = []
+    peaks = {"peak_rss": 0, "rss_anon": 0}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        # read meanwhile: a full pipe would stop the child
+        reader = threading.Thread(target=said.extend, args=(process.stdout,))
+        reader.start()
+        while process.poll() is None:
+            for name, found in fresh.memory(process.pid).items():
+                peaks[name] = max(peaks[name], found or 0)
+            time.sleep(EVERY)
+        reader.join()
+    if process.returncode:
+        raise InputError(f"{' '.join(command[1:4])} ended with exit status {process.returncode}")
+    return {
+        "seconds": time.perf_counter() - begin,
+        "peak_rss_anon": peaks["rss_anon"],
+        "peak_rss": peaks["peak_rss"],
+        "said": [line.rstrip("\n") for line in said],
+    }
 
 
 def header(

@@ -118,6 +118,15 @@ class Question:
         whole = text if hints or not hint else f"{text}\n{hint}"
         return cls(first_line.rstrip(), whole)
 
+    def fill(self, template: str) -> str:
+        """A turn's template with this question in it.
+
+        In one pass over the template: a question that contains "{T}" stays as it was typed.
+        """
+        asked = f"{self.context}\n{self.first_line}" if self.context else self.first_line
+        fields = {"{Q}": self.first_line, "{T}": self.whole, "{C}": self.context or "nan", "{CQ}": asked}
+        return re.sub(r"\{(?:Q|T|C|CQ)\}", lambda field: fields[field[0]], template)
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -243,16 +252,12 @@ def letter(reply: str, options: Sequence[str]) -> str | None:
 
 def render(prompts: Prompts, question: Question, turns: Sequence[Turn]) -> list[Piece]:
     """The dialogue of `turns` about `question` as pieces, in order."""
-    first_line, context = question.first_line, question.context
-    fields = {"{Q}": first_line, "{T}": question.whole, "{C}": context or "nan"}
-    fields["{CQ}"] = f"{context}\n{first_line}" if context else first_line
     pieces: list[Piece] = [Text(prompts.system)]
     for turn in turns:
         for i, text in enumerate(prompts.user.replace("{turn}", turn.template).split(prompts.image)):
             if i:
                 pieces.append(Image())
-            # one pass over the template: a question that contains "{T}" stays as it was typed
-            pieces.append(Text(re.sub(r"\{(?:Q|T|C|CQ)\}", lambda field: fields[field[0]], text)))
+            pieces.append(Text(question.fill(text)))
         if turn.reply is not None:
             pieces.append(Text(prompts.reply.replace("{answer}", turn.reply), reply=True))
     return pieces

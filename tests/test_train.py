@@ -160,12 +160,17 @@ def test_ambiguous_questions_are_dropped() -> None:
     assert any(question.startswith("How many") for question in twins)
 
 
-def test_a_question_without_a_region_is_dropped() -> None:
+def test_a_question_without_a_region_falls_back_on_its_objects() -> None:
     records = copy.deepcopy(scenes.annotate(scenes.layout(1), 0))
-    kept = len(curate.dialogues(records))
+    kept = {d.question: d for d in curate.dialogues(records)}
     records["qa_to_region_mapping"].clear()
-    assert kept > 0
-    assert curate.dialogues(records) == []
+    without = curate.dialogues(records)
+    absent = [d for d in kept.values() if d.answer in ("no", "0") and d.category in ("existence", "count")]
+    assert absent
+    assert {d.question for d in without} == kept.keys() - {d.question for d in absent}
+    assert [d for d in without if d.category == "detail"] == [
+        d for d in kept.values() if d.category == "detail"
+    ]
 
 
 @pytest.mark.parametrize("seed", range(10))

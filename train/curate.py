@@ -1,16 +1,43 @@
-"""From Visual Genome's annotations to the dialogues the method is trained on.
+"""From Visual Genome's annotations to the dialogues the method is trained on, one picture at a time.
 
 A dialogue is a question, its answer and the region the answer lies in. Questions whose object cannot be
-told from another one of the picture are dropped (the paper's "ambiguity filtration").
+told from another one of the picture are dropped (the paper's "ambiguity filtration"), and so are those
+whose box says nothing: none, boxes that disagree, a box that is empty, outside or the whole picture.
+`train.dataset` makes a data set of what is kept here.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from enum import StrEnum
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from dualfocus.runtime.turns import micro_answer
 
 Box = tuple[float, float, float, float]
+Records = Mapping[str, Any]  # a picture's entry of every Visual Genome file, by file name without ".json"
+
+WHOLE = 0.9  # of the picture's area: a box from here on points at nothing
+INSIDE = 0.5  # of a box's own area: with less of it inside, the box is not this picture's
+_WORD = re.compile(r"\w+")
+
+
+class Drop(StrEnum):
+    """Why a question is left out: the first of these that holds. The last three are `train.dataset`'s."""
+
+    NO_REGION = "no region and no object with a box"
+    AMBIGUOUS = "the asked object is there more than once"
+    EMPTY = "box without an area"
+    APART = "region that touches none of the named objects"
+    OUTSIDE = "box outside the picture"
+    WHOLE = "box around nearly the whole picture"
+    TWICE = "asked more than once, with answers or boxes that disagree"
+    THIN = "box without an area once written with two decimals"
+    NO_SIZE = "picture that image_data does not list"
+    NO_FILE = "picture whose file is missing"
 
 
 @dataclass(frozen=True)
@@ -23,49 +50,162 @@ class Dialogue:
     category: str  # "" where the annotations give none
 
 
-def dialogues(records: dict[str, dict[str, Any]]) -> list[Dialogue]:
-    """Curate one picture; `records` holds its entry of every Visual Genome file, by name without ``.json``.
+def dialogues(records: Records) -> list[Dialogue]:
+    """What is kept of one picture."""
+    return [judged for _, judged in judge(records) if isinstance(judged, Dialogue)]
 
-    The region is the one `qa_to_region_mapping` names; a question without one is dropped.
+
+def judge(records: Records) -> list[tuple[int, Dialogue | Drop]]:
+    """Every question of one picture, by its qa_id: its dialogue, or why there is none.
+
+    The region is the one `qa_to_region_mapping` names, else what holds the objects that `q_objects` and
+    `a_objects` name; it is clipped to the picture. Of `attributes`, which hold what `objects` do, come
+    the picture's objects; the other files read are `image_data`, `region_descriptions` and
+    `question_answers`.
     """
-    traits = {o["object_id"]: _traits(o) for o in records["attributes"]["attributes"]}
+    things = _Things(records["attributes"]["attributes"])
     regions = {r["region_id"]: r for r in records["region_descriptions"]["regions"]}
-    kept = []
+    image, mapping = records["image_data"], records["qa_to_region_mapping"]
+    judged: dict[int, Dialogue | Drop] = {}
+    asked: dict[str, list[int]] = {}
     for qa in records["question_answers"]["qas"]:
-        region = regions.get(records["qa_to_region_mapping"].get(str(qa["qa_id"])))
-        asked = [o["object_id"] for o in qa["q_objects"]]
-        counts = qa["question"].lower().startswith("how many")
-        if region is None or (not counts and any(_ambiguous(qa["question"], i, traits) for i in asked)):
+        key, said = qa["qa_id"], _words(qa["question"])
+        answer = micro_answer(qa["answer"].strip())  # as the runtime ends one
+        region = regions.get(mapping.get(str(key)))
+        named = [place for o in (*qa["q_objects"], *qa["a_objects"]) if (place := things.box(o))]
+        box: Box | Drop
+        if region is None and not named:
+            box = Drop.NO_REGION
+        elif things.ambiguous(qa["q_objects"], said, answer):
+            box = Drop.AMBIGUOUS
+        elif region is not None:
+            x, y = region["x"], region["y"]
+            box = _checked((x, y, x + region["width"], y + region["height"]), named, image)
+        else:
+            x0, y0, x1, y1 = zip(*named, strict=True)
+            box = _checked((min(x0), min(y0), max(x1), max(y1)), named, image)
+        if isinstance(box, Drop):
+            judged[key] = box
             continue
-        x, y = region["x"], region["y"]
-        box = (x, y, x + region["width"], y + region["height"])
-        kept.append(Dialogue(qa["question"], qa["answer"], box, qa.get("category", "")))
-    return kept
+        judged[key] = Dialogue(qa["question"], answer, box, qa.get("category", ""))
+        asked.setdefault(said, []).append(key)
+    for keys in asked.values():
+        if len(keys) > 1 and not _agree([judged[key] for key in keys]):
+            judged |= dict.fromkeys(keys, Drop.TWICE)
+    return list(judged.items())
 
 
-def _traits(entry: dict[str, Any]) -> tuple[frozenset[str], frozenset[str]]:
-    return frozenset(entry["names"]), frozenset(entry.get("attributes", ()))
+def fractions(box: Box, width: float, height: float) -> Box:
+    """A box in pixels as the prompts write it: parts of the picture's sides, two decimals."""
+    x0, y0, x1, y1 = box
+    return round(x0 / width, 2), round(y0 / height, 2), round(x1 / width, 2), round(y1 / height, 2)
 
 
-def _ambiguous(question: str, asked: int, traits: dict[int, tuple[frozenset[str], frozenset[str]]]) -> bool:
-    """True where the words that point at the asked object point at another one too.
+class _Thing(NamedTuple):
+    """An object of the picture; names and attributes as `_words` makes them."""
 
-    The words are its attribute and name together ("red star"), else its name, else its attribute.
+    names: tuple[str, ...]
+    attributes: tuple[str, ...]
+    box: Box
+
+
+class _Things:
+    """The objects of one picture."""
+
+    def __init__(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        self._all: list[_Thing] = []
+        self._by_id: dict[int, _Thing] = {}
+        for entry in entries:
+            names = tuple(_phrase(name) for name in entry["names"])
+            attributes = tuple(_phrase(name) for name in entry.get("attributes", ()))
+            thing = _Thing(names, attributes, _corners(entry))
+            self._all.append(thing)
+            self._by_id[entry["object_id"]] = thing
+            for merged in entry.get("merged_object_ids", ()):  # the same one, as others annotated it
+                self._by_id.setdefault(merged, thing)
+
+    def box(self, named: Mapping[str, Any]) -> Box | None:
+        """Of an object that a question names, which may bring its own; None if it has no area."""
+        thing = self._by_id.get(named["object_id"])
+        box = _corners(named) if "x" in named else thing.box if thing else None
+        return box if box and box[0] < box[2] and box[1] < box[3] else None
+
+    def ambiguous(self, named: Sequence[Mapping[str, Any]], said: str, answer: str) -> bool:
+        """True where the question's words point at an asked object and at another one too.
+
+        Where the annotations do not name what is asked about, it is what the question names; but a count
+        is of several, and what is not there can be mistaken for nothing.
+        """
+        if said.startswith(" how many "):
+            return False
+        asked = [self._by_id[o["object_id"]] for o in named if o["object_id"] in self._by_id]
+        if not asked and answer.lower() != "no":
+            asked = [thing for thing in self._all for name in thing.names if name in said]
+        return any(self._fitting(said, thing) > 1 for thing in asked)
+
+    def _fitting(self, said: str, asked: _Thing) -> int:
+        """How many objects fit the words that point at `asked`.
+
+        The words are its attribute and name together ("red star"), else its name, else its attribute.
+        """
+        for name in asked.names:
+            for attribute in asked.attributes:
+                if attribute + name[1:] in said:
+                    return len([t for t in self._all if name in t.names and attribute in t.attributes])
+        for name in asked.names:
+            if name in said:
+                return len([t for t in self._all if name in t.names])
+        for attribute in asked.attributes:
+            if attribute in said:
+                return len([t for t in self._all if attribute in t.attributes])
+        return len(self._all)
+
+
+def _words(text: str) -> str:
+    """The words in lower case with a space before, between and after them, so that `in` finds whole ones."""
+    return f" {' '.join(_WORD.findall(text.lower()))} "
+
+
+_phrase = lru_cache(maxsize=1 << 17)(_words)  # names come again and again, questions do not
+
+
+def _corners(entry: Mapping[str, Any]) -> Box:
+    x, y = entry["x"], entry["y"]
+    return x, y, x + entry["w"], y + entry["h"]
+
+
+def _checked(box: Box, named: Sequence[Box], image: Mapping[str, Any]) -> Box | Drop:
+    """The part of `box` that lies in the picture, or what is wrong with it."""
+    width, height = image["width"], image["height"]
+    x0, y0, x1, y1 = box
+    if x0 >= x1 or y0 >= y1:
+        return Drop.EMPTY
+    if named and not any(_shared(box, other) for other in named):
+        return Drop.APART
+    area = (x1 - x0) * (y1 - y0)
+    if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
+        inside = _shared(box, (0, 0, width, height))
+        if inside < INSIDE * area:
+            return Drop.OUTSIDE
+        box, area = (max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)), inside
+    return Drop.WHOLE if area >= WHOLE * width * height else box
+
+
+def _agree(same: Sequence[Any]) -> bool:
+    """Whether one question's dialogues have one answer and one region: an IoU of at least a half.
+
+    What is not there has no region of its own, so that only the answers can disagree.
     """
-    names, attributes = traits[asked]
-    text = question.lower()
-
-    def says(phrase: str) -> bool:
-        return re.search(rf"\b{re.escape(phrase)}\b", text) is not None
-
-    def fits(entry: tuple[frozenset[str], frozenset[str]]) -> bool:
-        return (name is None or name in entry[0]) and (attribute is None or attribute in entry[1])
-
-    name, attribute = next(
-        ((n, a) for n in names for a in attributes if says(f"{a} {n}")),
-        next(
-            ((n, None) for n in names if says(n)),
-            next(((None, a) for a in attributes if says(a)), (None, None)),
-        ),
+    first = same[0]
+    if any(other.answer.lower() != first.answer.lower() for other in same):
+        return False
+    return first.answer.lower() == "no" or all(
+        3 * _shared(first.box, other.box) >= sum(_shared(box, box) for box in (first.box, other.box))
+        for other in same
     )
-    return sum(fits(entry) for entry in traits.values()) > 1
+
+
+def _shared(a: Box, b: Box) -> float:
+    """The area that two boxes have in common."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    return width * height if width > 0 and height > 0 else 0

@@ -1,0 +1,363 @@
+"""Visual Genome's JSON files, read picture by picture in a little memory, and written likewise.
+
+The files are lists of pictures, hundreds of megabytes long, mostly but not surely in one order. Each is read
+once, as a stream; what is needed of a picture goes to a spool on the disk, from where `pictures` gathers it.
+What a record says in another of the format's spellings is told in one; a record that cannot be used is left
+out and counted.
+"""
+
+from __future__ import annotations
+
+import json
+import marshal
+import math
+import zipfile
+import zlib
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from operator import itemgetter
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import ijson
+import numpy as np
+from PIL import Image
+
+from dualfocus.runtime.errors import InputError
+from dualfocus.runtime.turns import DUALFOCUS
+from dualfocus.train.curate import Records
+
+Watch = Callable[[str, int, int], object]  # told what is done, how much of it, and of how much
+Entry = Mapping[str, Any]
+
+REQUIRED = ("image_data", "objects", "region_descriptions", "question_answers")
+MAPPING = "qa_to_region_mapping"
+OPTIONAL = ("attributes", MAPPING)
+FOLDERS = ("VG_100K", "VG_100K_2")  # of the pictures, in the real data set
+SUFFIXES = (".jpg", ".jpeg", ".png")
+STEP = 1 << 20  # bytes between two words on the progress
+
+
+class MalformedError(Exception):
+    """A record that is left out; the message is the reason that is counted."""
+
+
+class _File(NamedTuple):
+    """One of the JSON files, which may lie in an archive of its own; `size` in bytes, unpacked."""
+
+    path: Path
+    member: str | None
+    size: int
+
+    @contextmanager
+    def open(self) -> Iterator[IO[bytes]]:
+        with ExitStack() as opened:
+            if self.member is None:
+                yield opened.enter_context(self.path.open("rb"))
+            else:
+                archive = opened.enter_context(zipfile.ZipFile(self.path))
+                yield opened.enter_context(archive.open(self.member))
+
+
+class Spool:
+    """Values by kind and picture on the disk; in memory is only where they lie."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w+b")
+        self._places: dict[str, dict[int, tuple[int, int]]] = defaultdict(dict)
+        self._end = 0
+
+    def put(self, kind: str, key: int, value: Any) -> None:
+        """MalformedError if there is one already."""
+        if key in self._places[kind]:
+            raise MalformedError("the picture's second record")
+        data = marshal.dumps(value)
+        self._file.write(data)
+        self._places[kind][key] = self._end, len(data)
+        self._end += len(data)
+
+    def get(self, kind: str, key: int) -> Any:
+        """None if there is none."""
+        start, length = self._places[kind].get(key, (0, 0))
+        if not length:
+            return None
+        self._file.seek(start)
+        return marshal.loads(self._file.read(length))
+
+    def keys(self, kind: str) -> Collection[int]:
+        """Of the pictures that have a value."""
+        return self._places[kind].keys()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Annotations:
+    """A folder of Visual Genome, read into a spool.
+
+    `malformed` counts the records left out, by file and reason; `notes` are sentences on what is missing.
+    """
+
+    def __init__(self, folder: Path, spool: Path, watch: Watch = lambda *_: None) -> None:
+        """Reads every file once. InputError if one is missing, cut off or no JSON."""
+        files = _find(folder)
+        self.malformed: dict[str, Counter[str]] = {name: Counter() for name in files}
+        self.notes = [f"{folder} has no {name}.json" for name in OPTIONAL if name not in files]
+        self._spool = Spool(spool)
+        self._questions, self._regions = array("q"), array("q")  # the mapping's two columns
+        total, before = sum(file.size for file in files.values()), 0
+        for name, file in files.items():
+            count, seen = self.malformed[name], -STEP
+            with file.open() as stream:
+                for entry in _records(file.path, stream, "{" if name == MAPPING else "["):
+                    if stream.tell() >= seen + STEP:
+                        seen = stream.tell()
+                        watch(f"reading {file.path.name}", before + seen, total)
+                    try:
+                        self._take(name, entry, count)
+                    except MalformedError as reason:
+                        count[str(reason)] += 1
+            before += file.size
+        questions, regions = np.array(self._questions, np.int64), np.array(self._regions, np.int64)
+        order = np.argsort(questions, kind="stable")
+        self._mapping = questions[order], regions[order]
+
+    def _take(self, name: str, entry: Any, count: Counter[str]) -> None:
+        if name == MAPPING:
+            pair = dict(zip(("qa_id", "region_id"), map(_digits, entry), strict=True))
+            question, region = _id(pair, "qa_id"), _id(pair, "region_id")
+            self._questions.append(question)
+            self._regions.append(region)
+            return
+        if not isinstance(entry, dict):
+            raise MalformedError("not an object")
+        picture = _id(entry, "image_id")
+        if name == "image_data":
+            self._spool.put(name, picture, _size(entry))
+            return
+        within, parse = _PARTS[name]
+        found: dict[int, Entry] = {}
+        parts = entry.get(within)
+        if not isinstance(parts, list):
+            raise MalformedError(f"no list of {within}")
+        for part in parts:
+            try:
+                if not isinstance(part, dict):
+                    raise MalformedError(f"{within}: not an object")
+                if part.get("image_id", picture) != picture:
+                    raise MalformedError(f"{within}: of another picture")
+                key, value = parse(part)
+                if key in found:
+                    raise MalformedError(f"{within}: an id for the second time")
+                found[key] = value
+            except MalformedError as reason:
+                count[str(reason)] += 1
+        self._spool.put(name, picture, list(found.values()))
+
+    def __len__(self) -> int:
+        """How many pictures have questions."""
+        return len(self._spool.keys("question_answers"))
+
+    def pictures(self) -> Iterator[tuple[int, Records]]:
+        """The image_id and the records of every picture with questions, in rising order, as `curate.judge`
+        takes them; an `image_data` of None if the picture is not listed there."""
+        get = self._spool.get
+        for picture in sorted(self._spool.keys("question_answers")):
+            things = {o["object_id"]: o for o in get("objects", picture) or ()}
+            for said in get("attributes", picture) or ():
+                things[said["object_id"]] = said | things.get(said["object_id"], {})
+            questions = sorted(get("question_answers", picture), key=itemgetter("qa_id"))
+            records = {
+                "image_data": get("image_data", picture),
+                "attributes": {"attributes": list(things.values())},
+                "region_descriptions": {"regions": get("region_descriptions", picture) or ()},
+                "question_answers": {"qas": questions},
+                MAPPING: self._mapped([qa["qa_id"] for qa in questions]),
+            }
+            yield picture, records
+
+    def _mapped(self, wanted: list[int]) -> dict[str, int]:
+        questions, regions = self._mapping
+        at = np.searchsorted(questions, wanted)
+        return {
+            str(qa): int(regions[i])
+            for qa, i in zip(wanted, at, strict=True)
+            if i < len(questions) and questions[i] == qa
+        }
+
+    def close(self) -> None:
+        self._spool.close()
+
+
+def _find(folder: Path) -> dict[str, _File]:
+    """The files by name. InputError, naming them, if required ones are missing."""
+    found = {}
+    for name in (*REQUIRED, *OPTIONAL):
+        plain, packed = folder / f"{name}.json", folder / f"{name}.json.zip"
+        if plain.is_file():
+            found[name] = _File(plain, None, plain.stat().st_size)
+        elif packed.is_file():
+            try:
+                with zipfile.ZipFile(packed) as archive:
+                    inside = [i for i in archive.infolist() if Path(i.filename).name == plain.name]
+            except zipfile.BadZipFile as error:
+                raise InputError(f"{packed}: no archive that can be read: {error}") from None
+            if not inside:
+                raise InputError(f"{packed}: holds no {plain.name}")
+            found[name] = _File(packed, inside[0].filename, inside[0].file_size)
+    if missing := [f"{name}.json" for name in REQUIRED if name not in found]:
+        raise InputError(f"{folder}: has no {', '.join(missing)}, expected Visual Genome's files")
+    return found
+
+
+def _records(path: Path, stream: IO[bytes], opens: str) -> Iterator[Any]:
+    """The elements of the list, or the pairs of the object, that the whole file is."""
+    count = 0
+    try:
+        start = stream.read(64).lstrip()[:1].decode("latin-1")
+        if start != opens:
+            kind = "a list" if opens == "[" else "an object"
+            raise InputError(f"{path}: begins with {start!r}, expected {kind} in JSON")
+        stream.seek(0)
+        read = ijson.items if opens == "[" else ijson.kvitems
+        for entry in read(stream, "item" if opens == "[" else "", use_float=True):
+            yield entry
+            count += 1
+    except (ijson.JSONError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        why = str(error.args[0] if error.args else error)
+        why = why if isinstance(why, str) else repr(why)
+        raise InputError(
+            f"{path}: cut off or no JSON behind record {count}, before byte {stream.tell()}: "
+            f"{why.strip().splitlines()[0]}"
+        ) from None
+
+
+def _id(entry: Entry, name: str) -> int:
+    """A record's own number, which is also called ``id``."""
+    key = entry.get(name, entry.get("id"))
+    if type(key) is not int or abs(key) >= 1 << 63:
+        raise MalformedError(f"no {name}" if key is None else f"{name} is no whole number")
+    return key
+
+
+def _digits(value: Any) -> Any:
+    """The mapping's ids are numbers as text in its keys, and may be in its values."""
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+
+
+def _place(entry: Entry, width: str = "w", height: str = "h") -> dict[str, float]:
+    """A box; `width` and `height` are what its sides are called from here on."""
+    sides = {
+        "x": entry.get("x"),
+        "y": entry.get("y"),
+        width: entry.get("w", entry.get("width")),
+        height: entry.get("h", entry.get("height")),
+    }
+    for name, side in sides.items():
+        if type(side) is not int and (type(side) is not float or not math.isfinite(side)):
+            raise MalformedError(f"{name} is no number")
+    return sides
+
+
+def _texts(value: Any, name: str) -> list[str]:
+    """One text or a list of them."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not set(map(type, texts)) <= {str}:
+        raise MalformedError(f"{name} are no texts")
+    return texts
+
+
+def _size(entry: Entry) -> Entry:
+    width, height, url = entry.get("width", 0), entry.get("height", 0), entry.get("url")
+    if not all(type(side) in (int, float) and 1 <= side < math.inf for side in (width, height)):
+        raise MalformedError("a picture without a size")
+    return {"width": width, "height": height, "url": url if isinstance(url, str) else ""}
+
+
+def _region(entry: Entry) -> tuple[int, Entry]:
+    key = _id(entry, "region_id")
+    return key, {"region_id": key, **_place(entry, "width", "height")}
+
+
+def _object(entry: Entry) -> tuple[int, Entry]:
+    key = _id(entry, "object_id")
+    names = _texts(entry.get("names", entry.get("name")), "names")
+    if not names:
+        raise MalformedError("an object without a name")
+    read = {"object_id": key, **_place(entry), "names": names}
+    if entry.get("attributes"):
+        read["attributes"] = _texts(entry["attributes"], "attributes")
+    if merged := entry.get("merged_object_ids"):
+        read["merged_object_ids"] = [i for i in merged if type(i) is int] if isinstance(merged, list) else []
+    return key, read
+
+
+def _question(entry: Entry) -> tuple[int, Entry]:
+    key = _id(entry, "qa_id")
+    read: dict[str, Any] = {"qa_id": key}
+    for name in ("question", "answer"):
+        text = entry.get(name)
+        if not isinstance(text, str) or not text.strip(". \t\r\n"):
+            raise MalformedError(f"no {name}")
+        if DUALFOCUS.image in text:  # where an image goes in a prompt
+            raise MalformedError(f"{name} that holds {DUALFOCUS.image}")
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half of a character, escaped
+            raise MalformedError(f"{name} that is not text in UTF-8") from None
+        read[name] = " ".join(text.split())  # in one line: a second one would be a hint of its own
+    for name in ("q_objects", "a_objects"):
+        objects = entry.get(name) or []
+        if not isinstance(objects, list) or not all(isinstance(o, dict) for o in objects):
+            raise MalformedError(f"{name} are no objects")
+        read[name] = [{"object_id": _id(o, "object_id"), **(_place(o) if "x" in o else {})} for o in objects]
+    if isinstance(entry.get("category"), str):
+        read["category"] = entry["category"]  # drawn scenes have one
+    return key, read
+
+
+_PARTS: dict[str, tuple[str, Callable[[Entry], tuple[int, Entry]]]] = {
+    "objects": ("objects", _object),
+    "attributes": ("attributes", _object),
+    "region_descriptions": ("regions", _region),
+    "question_answers": ("qas", _question),
+}
+
+
+def find_pictures(folder: Path) -> dict[int, str]:
+    """The pictures' files below `folder` by image_id, as paths relative to it."""
+    found: dict[int, str] = {}
+    for place in (folder, *(folder / name for name in FOLDERS)):
+        if place.is_dir():
+            for path in sorted(place.iterdir()):
+                if path.suffix.lower() in SUFFIXES and path.stem.isascii() and path.stem.isdigit():
+                    found.setdefault(int(path.stem), path.relative_to(folder).as_posix())
+    return found
+
+
+def write(folder: Path, pictures: Iterable[tuple[Mapping[str, Any], Image.Image | None]]) -> None:
+    """Write records as the files of a Visual Genome folder, and the pictures where there are any.
+
+    Each picture's records are by file name without ``.json``, as `scenes.annotate` makes them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as opened:
+        files: dict[str, IO[str]] = {}
+        begun: set[str] = set()  # those that hold something
+        for records, picture in pictures:
+            for name, entry in records.items():
+                if name not in files:
+                    files[name] = opened.enter_context((folder / f"{name}.json").open("w", encoding="utf-8"))
+                    files[name].write("{" if name == MAPPING else "[")
+                text = json.dumps(entry)
+                if text := text[1:-1] if name == MAPPING else text:
+                    files[name].write(",\n" * (name in begun) + text)
+                    begun.add(name)
+            if picture is not None:
+                (folder / FOLDERS[0]).mkdir(exist_ok=True)
+                key = records["image_data"]["image_id"]
+                picture.save(folder / FOLDERS[0] / f"{key}.jpg", quality=95, subsampling=0)
+        for name, file in files.items():
+            file.write("}\n" if name == MAPPING else "]\n")

@@ -18,18 +18,16 @@ makes the bundle. What was run, for how long and with what curves: ``train/LOG.m
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import pickle
 import random
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -43,6 +41,7 @@ from dualfocus.runtime.manifest import TokenSpec
 from dualfocus.runtime.turns import Image, ImageToken, Prompt, Question, Turn, render, tokenize
 from dualfocus.train import curate, nano, scenes
 from dualfocus.train.curate import Dialogue
+from dualfocus.train.loop import Curve, Step, by_minutes, fit
 
 RUNS, CHECKPOINTS = Path("train/runs"), Path("train/checkpoints")
 TREES = 8  # scenes in a step of the later stages
@@ -133,65 +132,35 @@ class SlotHeads(nn.Module):
         return total, right
 
 
-class Progress:
-    """A schedule by the clock, and the curve: one JSON line every 15 seconds, printed and kept."""
-
-    def __init__(self, stage: str, minutes: float, peak: float, scenes_seen: int, batch_size: int) -> None:
-        self.start, self.seconds, self.peak = time.monotonic(), minutes * 60, peak
-        self.scenes_seen, self.batch_size = scenes_seen, batch_size
-        self.log = (RUNS / f"{stage}.jsonl").open("a")
-        self.last = 0.0
-        self.seen: dict[str, list[float]] = {}
-
-    @property
-    def share(self) -> float:
-        """How much of the time is over; above 1 when it is up."""
-        return (time.monotonic() - self.start) / self.seconds
-
-    def rate(self, optimizer: torch.optim.Optimizer) -> None:
-        """Warm up over the first 3 % of the time, then a cosine to zero."""
-        share = min(1.0, self.share)
-        for group in optimizer.param_groups:
-            group["lr"] = self.peak * min(1.0, share / 0.03) * 0.5 * (1 + math.cos(math.pi * share))
-
-    def note(self, step: int, **values: float) -> None:
-        """Take in one step's values; what is written are their means since the last line."""
-        for name, value in values.items():
-            self.seen.setdefault(name, []).append(value)
-        if time.monotonic() - self.last > 15:
-            self.last = time.monotonic()
-            means = {name: round(float(np.nanmean(value)), 4) for name, value in self.seen.items()}
-            samples = self.scenes_seen + step * self.batch_size
-            minutes = round((self.last - self.start) / 60, 2)
-            line = json.dumps({"minutes": minutes, "step": step, "samples": samples, **means})
-            print(line, flush=True)
-            self.log.write(line + "\n")
-            self.log.flush()
-            self.seen = {}
-
-
-def fit(
+def train(
+    stage: str,
+    minutes: float,
+    seen: int,
+    modules: Sequence[nn.Module],
     optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    batches: Iterable[Any],
-    loss: Callable[[Any], tuple[Tensor, dict[str, float]]],
+    batches: DataLoader[Any],
+    samples: int,
+    loss: Callable[[Any, float], tuple[Tensor, dict[str, float]]],
     save: Callable[[int], None],
 ) -> None:
-    """Minimise `loss` over `batches` until the time is up; `save` is told how many batches were seen."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for step, batch in enumerate(batches, 1):
-        progress.rate(optimizer)
-        with torch.autocast("cpu", torch.bfloat16):
-            value, seen = loss(batch)
-        optimizer.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        progress.note(step, loss=value.item(), **seen)
-        if progress.share >= 1 or step % 200 == 0:
-            save(step)
-        if progress.share >= 1:
-            return
+    """Train for `minutes` on `batches` of so many `samples`, of which earlier runs have `seen` some.
+
+    `loss` is told the share of the time that is over, `save` how many samples all runs have seen.
+    """
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    schedule = by_minutes(minutes)
+    steps = (Step([batch], {"samples": samples}) for batch in batches)
+    with Curve(RUNS / f"{stage}.jsonl", {"samples": seen}, every=15) as curve:
+        fit(
+            accelerator,
+            modules,
+            optimizer,
+            schedule,
+            steps,
+            lambda batch: loss(batch, schedule(0)),
+            curve,
+            lambda _, counts: save(counts["samples"]),
+        )
 
 
 def train_tower(minutes: float, seed: int, resume: bool) -> None:
@@ -205,22 +174,21 @@ def train_tower(minutes: float, seed: int, resume: bool) -> None:
         tower.load_state_dict(state["tower"])
         heads.load_state_dict(state["heads"])
     tower = tower.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW([*tower.parameters(), *heads.parameters()], weight_decay=0.02)
+    parameters = [*tower.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3 if resume else 2e-3, weight_decay=0.02)
     batch_size = 24  # scenes, four views each
     views = Views(seed * 1_000_000 + scenes_seen)
 
-    def loss(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float]]:
+    def loss(batch: tuple[Tensor, Tensor], _: float) -> tuple[Tensor, dict[str, float]]:
         pixels, cells = batch
         features = tower(normalise(pixels.flatten(0, 1))).last_hidden_state
         return heads.loss(features.float(), cells.flatten(0, 1))
 
-    def save(step: int) -> None:
-        samples = scenes_seen + step * batch_size
+    def save(samples: int) -> None:
         torch.save({"samples": samples, "tower": tower.state_dict(), "heads": heads.state_dict()}, path)
 
-    progress = Progress("tower", minutes, 1e-3 if resume else 2e-3, scenes_seen, batch_size)
     loader = DataLoader(views, batch_size=batch_size, **BESIDE)
-    fit(optimizer, progress, loader, loss, save)
+    train("tower", minutes, scenes_seen, [tower, heads], optimizer, loader, batch_size, loss, save)
 
 
 @dataclass(frozen=True)
@@ -489,22 +457,22 @@ def train_symbols(minutes: float, seed: int, resume: bool) -> None:
         model.load_state_dict(state["model"])
         symbols.load_state_dict(state["symbols"])
         trees.first += scenes_seen
-    parameters = [*model.model.language_model.parameters(), *symbols.parameters()]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.02, betas=(0.9, 0.98))
-    progress = Progress("symbols", minutes, 1e-3, scenes_seen, TREES)
+    learning = [model.model.language_model, symbols]
+    parameters = [parameter for module in learning for parameter in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.02, betas=(0.9, 0.98))
 
-    def loss(batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+    def loss(batch: dict[str, Tensor], share: float) -> tuple[Tensor, dict[str, float]]:
         # no worker process stands between: the next scene is laid out as said here
-        trees.things = (1, 3) if progress.share < 0.06 and not resume else (3, 7)
-        early = progress.share < 0.5 and not resume
+        trees.things = (1, 3) if share < 0.06 and not resume else (3, 7)
+        early = share < 0.5 and not resume
         branches = ("macro", "locate") if early else tuple(BRANCHES)
         return dialogues.loss(batch, symbols(batch["cells"]), branches)
 
-    def save(step: int) -> None:
-        state = {"model": model.state_dict(), "symbols": symbols.state_dict()}
-        torch.save({"samples": scenes_seen + step * TREES, **state}, path)
+    def save(samples: int) -> None:
+        torch.save({"samples": samples, "model": model.state_dict(), "symbols": symbols.state_dict()}, path)
 
-    fit(optimizer, progress, DataLoader(trees, batch_size=TREES, collate_fn=collate), loss, save)
+    loader = DataLoader(trees, batch_size=TREES, collate_fn=collate)
+    train("symbols", minutes, scenes_seen, learning, optimizer, loader, TREES, loss, save)
 
 
 VIEWS = 1 + BRANCHES["micro"]  # of a tree: the whole picture, and a crop for each micro dialogue
@@ -578,24 +546,25 @@ def train_dialogues(size: str, minutes: float, seed: int, resume: bool) -> None:
     projector = model.model.multi_modal_projector
     trees = Kept(seed + scenes_seen)
     scale = symbols(torch.from_numpy(trees.trees[0].cells)).var()
-    parameters = [*projector.parameters(), *model.model.language_model.parameters()]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.02, betas=(0.9, 0.98))
-    progress = Progress(size, minutes, 7e-4, scenes_seen, TREES)
+    learning = [projector, model.model.language_model]
+    parameters = [parameter for module in learning for parameter in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=7e-4, weight_decay=0.02, betas=(0.9, 0.98))
 
-    def loss(batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+    def loss(batch: dict[str, Tensor], share: float) -> tuple[Tensor, dict[str, float]]:
         image_tokens = projector(batch["seen"].float()).float()
         error = (image_tokens - symbols(batch["cells"]).float()).square().mean(-1) / scale
         filled = batch["cells"][..., 0] > 0
         regression = error[filled].mean() + error[~filled].mean()
-        if not resume and progress.share < 0.1:
+        if not resume and share < 0.1:
             return regression, {"regression": regression.item()}
         answers, right = dialogues.loss(batch, image_tokens)
         return answers + 0.3 * regression, {"regression": regression.item(), **right}
 
-    def save(step: int) -> None:
-        torch.save({"samples": scenes_seen + step * TREES, "model": model.state_dict()}, path)
+    def save(samples: int) -> None:
+        torch.save({"samples": samples, "model": model.state_dict()}, path)
 
-    fit(optimizer, progress, DataLoader(trees, batch_size=TREES, collate_fn=collate), loss, save)
+    loader = DataLoader(trees, batch_size=TREES, collate_fn=collate)
+    train(size, minutes, scenes_seen, learning, optimizer, loader, TREES, loss, save)
 
 
 def save(size: str) -> None:

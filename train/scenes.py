@@ -311,11 +311,16 @@ def annotate(scene: Scene, image_id: int) -> dict[str, dict[str, Any]]:
     qas: list[dict[str, Any]] = []
     mapping: dict[str, int] = {}
 
-    def ask(category: str, question: str, answer: str, asked: list[int], look: int) -> None:
+    def ask(
+        category: str, question: str, answer: str, asked: list[int], look: int, found: Sequence[int] = ()
+    ) -> None:
         qa_id = first + len(qas)
-        named = [{"object_id": first + i, "object_name": scene.things[i].kind} for i in asked]
         said = {"question": question, "answer": answer, "category": category}  # the last is ours
-        qas.append({"qa_id": qa_id, "image_id": image_id, **said, "q_objects": named, "a_objects": []})
+        named = {
+            of: [{"object_id": first + i, "object_name": scene.things[i].kind} for i in things]
+            for of, things in (("q_objects", asked), ("a_objects", found))
+        }
+        qas.append({"qa_id": qa_id, "image_id": image_id, **said, **named})
         mapping[str(qa_id)] = first + look
 
     for i, thing in enumerate(scene.things):
@@ -356,9 +361,9 @@ def annotate(scene: Scene, image_id: int) -> dict[str, dict[str, Any]]:
         if gaps and gaps[0] < 0.04 * max(scene.width, scene.height):
             continue  # nobody could tell
         i, thing = order[0], scene.things[order[0]]
-        ask("position", f"What color is the {name} object?", thing.colour, [], i)
-        ask("position", f"What shape is the {name} object?", thing.kind, [], i)
-        ask("detail", f"What is written on the {name} object?", thing.label, [], i)
+        ask("position", f"What color is the {name} object?", thing.colour, [], i, [i])
+        ask("position", f"What shape is the {name} object?", thing.kind, [], i, [i])
+        ask("detail", f"What is written on the {name} object?", thing.label, [], i, [i])
     words = [(k, f"{k}s") for k in KINDS] + [(c, f"{c} objects") for c in COLOURS]
     found = {word: [i for i, t in enumerate(scene.things) if word in (t.kind, t.colour)] for word, _ in words}
     present, absent = ([pair for pair in words if bool(found[pair[0]]) is there] for there in (True, False))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO, cast
 
 import typer
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
@@ -372,7 +373,17 @@ _Save = Annotated[bool, typer.Option("--save", help="Keep the result under bench
 _Plot = Annotated[Path | None, typer.Option(metavar="OUT", help="Draw the result: OUT.svg or OUT.png.")]
 
 
-@app.command("eval")
+class _RayCommand(TyperCommand):
+    """A command whose `--ray` may stand without its ADDRESS, which typer knows no option for."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        at = args.index("--ray") + 1 if "--ray" in args else 0
+        if at and (at == len(args) or args[at].startswith("-")):
+            args = [*args[:at], "local", *args[at:]]
+        return super().parse_args(ctx, args)
+
+
+@app.command("eval", cls=_RayCommand)
 def evaluate(
     benchmark: Annotated[
         Literal["textvqa", "gqa-mcq", "seed", "mmbench", "pope", "scenes", "scenes-unseen"],
@@ -402,6 +413,14 @@ def evaluate(
             help="The answers, gone on with  [default: BENCHMARK-MODEL-MODE.jsonl; none of scenes]",
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ADDRESS]",
+            help="Ask on the Ray cluster there, with an engine on every GPU, or on every --threads cores; "
+            "without ADDRESS on this machine's.",
+        ),
+    ] = None,
     bundle: _Bundle = None,
     device: _Device = "auto",
     threads: _Threads = None,
@@ -424,7 +443,8 @@ def evaluate(
         manifest, digest = read_manifest(bundle or BUILT_IN)
         run = Run(benchmark, mode, manifest.name, digest[:16])
         if data is not None:
-            asked = questions.read(benchmark, data)
+            # the workers of a cluster are in other folders
+            asked = questions.read(benchmark, data if ray is None else data.absolute())
             out = out or Path(re.sub(r"[^\w.-]+", "_", f"{benchmark}-{manifest.name}-{mode}") + ".jsonl")
         else:
             with _needs_train("eval scenes"):
@@ -434,6 +454,12 @@ def evaluate(
             _check_writable("--out", out)
 
         def ask(open: Sequence[questions.Asked]) -> Iterable[Line]:
+            if ray is not None:
+                from dualfocus.bench import cluster
+
+                return cluster.ask_all(
+                    ray, run, open, bundle=bundle, device=device, target=manifest.target, threads=threads
+                )
             model = Bundle.open(bundle or BUILT_IN, device=device, threads=threads)
             return accuracy.ask_all(FocusRunner(model), run, open)
 

@@ -21,6 +21,7 @@ from dualfocus.export import export_bundle
 from dualfocus.runtime import Bundle, FocusRunner, PlainRunner
 from dualfocus.runtime.manifest import SelectRule
 from dualfocus.runtime.result import FocusResult, Generation, Mode, ReplyToken
+from dualfocus.runtime.turns import Question
 from dualfocus.train import scenes
 
 CHECKPOINT = (
@@ -169,6 +170,21 @@ def test_boxes_decoded_freely(pairs: int) -> None:
     for at, pair in enumerate(held_out_pairs(pairs)):
         tally.compare(pair, runner.ask(pair.picture, pair.question), plainly(at), alike=True)
     assert tally.pairs == pairs
+    assert len(tally.ties) <= pairs // 50, tally
+
+
+@pytest.mark.parametrize("pairs", [10, pytest.param(100, marks=pytest.mark.slow)])
+def test_choices_between_what_the_passes_say(pairs: int) -> None:
+    """Multiple choice: the passes' own answers are two of the options, which they name by their text."""
+    tally, runner, plain = Tally(nano()), FocusRunner(nano()), PlainRunner(nano())
+    for at, pair in enumerate(held_out_pairs(pairs)):
+        said = plainly(at)
+        options = ("a blue square", said.macro.text, said.micro.text if said.micro else "none", "3")
+        choice = replace(pair, question=Question(pair.question, pair.question, options))
+        fast = runner.ask(pair.picture, choice.question)
+        tally.compare(choice, fast, plain.ask(pair.picture, choice.question))
+    assert tally.pairs == pairs
+    assert tally.losses > 0
     assert len(tally.ties) <= pairs // 50, tally
 
 

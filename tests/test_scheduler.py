@@ -21,11 +21,12 @@ from dualfocus.runtime.result import Answer, Counters, FocusResult, Generation, 
 from dualfocus.runtime.scheduler import Savings
 from dualfocus.runtime.selection import loss
 from dualfocus.runtime.sequence import common_prefix
-from dualfocus.runtime.turns import DUALFOCUS, ImageToken, Turns
+from dualfocus.runtime.turns import DUALFOCUS, GQA_MCQ, MMBENCH, SEED, ImageToken, Question, Turns, Wording
 
 BOX = "[0.10, 0.20, 0.60, 0.70]"
 QUESTION = "What is written on the red star?"
-QUESTIONS = [QUESTION, "What else?", QUESTION, "Why\nA. so\nB. not"]
+CHOICE = Question("What animal?", "What animal?\nA. cat\nB. red dog\nC. cat", ("cat", "red dog", "cat"))
+QUESTIONS = [QUESTION, "What else?", QUESTION, CHOICE, "Why\nA. so\nB. not"]
 TOKENIZER = fakes.make_tokenizer()
 
 
@@ -76,7 +77,7 @@ class Checked:
         self.plain = PlainRunner(bundle, free_box=free_box, select=options.get("select"))
 
     def ask(
-        self, picture: np.ndarray, question: str, mode: str = "dual", box: str | None = None
+        self, picture: np.ndarray, question: str | Question, mode: str = "dual", box: str | None = None
     ) -> FocusResult:
         images = self.bundle.vision.images
         fast = self.fast.ask(picture, question, mode, box_reply=box)
@@ -87,7 +88,7 @@ class Checked:
     def compare(
         self,
         picture: np.ndarray,
-        question: str,
+        question: str | Question,
         fast: FocusResult,
         mode: str = "dual",
         box: str | None = None,
@@ -280,6 +281,104 @@ def test_the_lower_loss_wins():
     assert chosen(1.0, 2.0) == "a"
     assert chosen(1.0, 1.0) == "a"
     assert chosen(None, None) == "a"
+
+
+# Multiple choice
+
+
+def choice(macro: str, micro: str, box: str = BOX) -> Bundle:
+    """A model whose passes say that of `CHOICE`, however worded, and whose scores lean to nothing."""
+    replies = {"this question asks": box, "question: What animal?\nA.": micro, "\nWhat animal?\nA.": macro}
+    return fakes.make_bundle({mark: spelled(reply) for mark, reply in replies.items()})
+
+
+@pytest.mark.parametrize("wording", [Wording(), SEED, GQA_MCQ, MMBENCH])
+@pytest.mark.parametrize("rule", ["reference", "answer"])
+@pytest.mark.parametrize("macro", ["A", "B. red dog"])
+def test_two_letters_are_scored_by_their_options(picture, wording, rule, macro):
+    """Whoever says which of them, the same option has the lower loss."""
+    question = replace(CHOICE, wording=wording)
+    micro = "B" if macro == "A" else "a."
+    result = Checked(choice(macro, micro), select=rule).ask(picture, question)
+    other = Checked(choice(micro, macro), select=rule).ask(picture, question)
+    assert (result.macro.text, result.micro.text) == (macro, micro.removesuffix("."))
+    assert {result.macro.letter, result.micro.letter} == {"A", "B"}
+    assert result.answer == other.answer == min((result.macro, result.micro), key=lambda a: a.loss).letter
+    assert {result.chosen, other.chosen} == {"macro", "micro"}
+    assert result.macro.loss == pytest.approx(other.micro.loss, abs=1e-5)
+    assert result.micro.loss == pytest.approx(other.macro.loss, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("macro", "micro", "answer", "chosen"),
+    [
+        ("none", "B.", "B", "micro"),
+        ("b", "none", "B", "macro"),
+        ("none", "no", "none", "macro"),
+        ("D", "red.", "B", "micro"),  # there is no option D
+        ("B", "red dog.", "B", "macro"),
+        ("A", "C", "A", "macro"),  # other letters of the same text
+        ("C", "A", "C", "macro"),
+    ],
+)
+def test_what_needs_no_scoring_is_not_scored(picture, macro, micro, answer, chosen):
+    result = Checked(choice(macro, micro)).ask(picture, CHOICE)
+    assert (result.answer, result.chosen) == (answer, chosen)
+    assert (result.macro.text, result.micro.text) == (macro, micro.removesuffix("."))
+    assert result.macro.loss is result.micro.loss is None
+    assert "select" not in result.times_ms
+
+
+def test_without_a_crop_a_choice_is_macros(picture):
+    for macro, answer in (("b", "B"), ("none", "none")):
+        result = Checked(choice(macro, "A", "none"), free_box=True).ask(picture, CHOICE)
+        assert (result.answer, result.chosen, result.micro) == (answer, "macro", None)
+
+
+@pytest.mark.parametrize(("mode", "answer"), [("macro", "B"), ("micro", "A")])
+def test_a_pass_alone_names_its_option(picture, mode, answer):
+    result = Checked(choice("red dog", "A.")).ask(picture, CHOICE, mode)
+    assert (result.answer, result.chosen) == (answer, mode)
+
+
+@pytest.mark.parametrize("savings", arrangements().values(), ids=arrangements().keys())
+@pytest.mark.parametrize("wording", [GQA_MCQ, MMBENCH])
+def test_no_saving_changes_a_choice(picture, savings, wording):
+    bundle = choice("A", "B.")
+    runner, plain = FocusRunner(bundle, savings=savings), PlainRunner(bundle, free_box=False)
+    for question in (replace(CHOICE, wording=wording), QUESTION, replace(CHOICE, context="A farm.")):
+        fast = runner.ask(picture, question)
+        assert fast.macro.loss is not None
+        same(Pair(picture, question), fast, plain.ask(picture, question), bundle, alike=True)
+
+
+def test_choices_side_by_side_and_in_a_stream(picture):
+    bundle = choice("A", "B.")
+    checked = Checked(bundle, batch=3)
+    wordings = (Wording(), SEED, GQA_MCQ, MMBENCH)
+    asked = [(picture, replace(CHOICE, wording=wording)) for wording in wordings] + [(picture, QUESTION)]
+    for (_, question), result in zip(asked, checked.fast.ask_many(asked), strict=True):
+        checked.compare(picture, question, result)
+    *_, result = checked.fast.stream(picture, asked[3][1])
+    checked.compare(picture, asked[3][1], result)
+    checked.compare(picture, CHOICE, checked.fast.session(picture).ask(CHOICE))
+
+
+def test_a_choice_costs_what_an_open_question_does_and_its_options(picture):
+    """The select turns are computed from where they part from the micro turn, and from each other."""
+    bundle = choice("A", "B")
+    result = Checked(bundle).ask(picture, CHOICE)
+    turns = Turns(bundle.manifest, bundle.tokenizer, CHOICE)
+    macro, locate = turns.macro("w").tokens, turns.locate("w").tokens
+    micro = turns.micro("w", "c", BOX).tokens
+    options = [turns.select("w", "c", BOX, text).tokens for text in ("cat", "red dog")]
+    begins, shared = common_prefix(micro, options[0]), common_prefix(*options)
+    assert 2 * fakes.IMAGE_TOKENS < begins < shared
+    scored = shared - begins + sum(len(option) - 1 - shared for option in options)
+    least = len(macro) + len(locate) - common_prefix(macro, locate) + scored
+    least += len(micro) - len(locate) - len(result.located.tokens)
+    assert result.counters.vision_encodes == 2
+    assert least <= result.counters.tokens_prefilled <= least + 4
 
 
 def test_the_rules_can_disagree():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from dataclasses import replace
 
 import fakes
 import pytest
@@ -10,7 +11,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from dualfocus.runtime.errors import QuestionError
 from dualfocus.runtime.turns import (
+    CHATML,
     DUALFOCUS,
+    GQA_MCQ,
+    MMBENCH,
+    SEED,
     Image,
     ImageToken,
     Prompt,
@@ -18,6 +23,8 @@ from dualfocus.runtime.turns import (
     Text,
     Turn,
     Turns,
+    Wording,
+    letter,
     micro_answer,
     render,
 )
@@ -121,6 +128,142 @@ def test_an_answer_loses_newlines_and_then_periods():
     assert micro_answer("\n..AB7.\n") == "AB7"
     assert micro_answer("1.5") == "1.5"
     assert micro_answer("...") == ""
+
+
+def told(prompt: Prompt) -> str:
+    """A prompt as text, behind the system's sentence."""
+    texts = (
+        fakes.make_tokenizer().decode(part, skip_special_tokens=False)
+        if isinstance(part, list)
+        else f"<{part}>"
+        for part in split(prompt)
+    )
+    return "".join(texts).removeprefix("<s>" + SYSTEM)
+
+
+def asked(wording: Wording, context: str = "", prompts=DUALFOCUS) -> Turns:
+    tokenizer = fakes.make_tokenizer()
+    question = Question("Which?", "Which?\nA. a cat\nB. a dog\nHint.", ("a cat", "a dog"), context, wording)
+    return Turns(fakes.make_manifest(tokenizer, prompts=prompts), tokenizer, question)
+
+
+BOX_TURN = "USER: <w>\n" + LOCATE + "Which? ASSISTANT: [0.1]</s>"
+
+
+@pytest.mark.parametrize(
+    ("wording", "history", "select"),
+    [
+        (Wording(), BOX_TURN, f"{COMBINE}Which?\n{HINT[:-1]}  ASSISTANT: a cat</s>"),
+        (SEED, BOX_TURN, f"{COMBINE} Which?\n{HINT[:-1]}  ASSISTANT: a cat</s>"),
+        (GQA_MCQ, BOX_TURN, f"Which?\n{HINT}  ASSISTANT: a cat</s>"),
+        (
+            MMBENCH,
+            BOX_TURN.replace("\n", "\nnan\n"),
+            f"{COMBINE} Which? {HINT} ASSISTANT: ASSISTANT: a cat</s>",
+        ),
+    ],
+)
+def test_a_benchmark_words_its_turns_as_its_script_does(wording, history, select):
+    turns = asked(wording)
+    assert told(turns.macro("w")) == "USER: <w>\nWhich?\nA. a cat\nB. a dog\nHint. ASSISTANT:"
+    assert told(turns.micro("w", "c", "[0.1]")) == (
+        history + f"USER: <c>\n{COMBINE} Which?\nA. a cat\nB. a dog\nHint. ASSISTANT:"
+    )
+    assert told(turns.select("w", "c", "[0.1]", "a cat")) == history + f"USER: <c>\n{select}"
+    if wording is not MMBENCH:
+        assert told(turns.locate("w")) == f"USER: <w>\n{LOCATE}Which? ASSISTANT:"
+
+
+@pytest.mark.parametrize(("wording", "scored"), [(SEED, " a cat</s>"), (MMBENCH, " ASSISTANT: a cat</s>")])
+def test_what_is_scored_is_all_that_the_script_does_not_mask(wording, scored):
+    prompt = asked(wording).select("w", "c", "[0.1]", "a cat")
+    ids = [[prompt.tokens[at] for at in reply] for reply in prompt.replies]
+    texts = [fakes.make_tokenizer().decode(said, skip_special_tokens=False) for said in ids]
+    assert texts == [" [0.1]</s>", scored]
+
+
+def test_mmbench_asks_behind_the_context_and_remembers_it_otherwise():
+    locate = LOCATE.removesuffix(": ")
+    assert told(asked(MMBENCH).locate("w")) == f"USER: <w>\nWhich?\n{locate}. ASSISTANT:"
+    turns = asked(MMBENCH, "A farm.")
+    assert told(turns.locate("w")) == f"USER: <w>\nA farm.\nWhich?\n{locate}. ASSISTANT:"
+    assert told(turns.select("w", "c", "[0.1]", "a cat")) == (
+        f"USER: <w>\nA farm.\n{LOCATE}Which? ASSISTANT: [0.1]</s>"
+        f"USER: <c>\n{COMBINE} A farm.\nWhich? {HINT} ASSISTANT: ASSISTANT: a cat</s>"
+    )
+
+
+@pytest.mark.parametrize("prompts", [CHATML, replace(DUALFOCUS, select=DUALFOCUS.micro)])
+def test_a_manifests_own_prompts_stand(prompts):
+    ours, theirs = asked(MMBENCH, prompts=prompts), asked(Wording(), prompts=prompts)
+    assert ours.locate("w") == theirs.locate("w")
+    assert ours.micro("w", "c", "[0.1]") == theirs.micro("w", "c", "[0.1]")
+    assert ours.select("w", "c", "[0.1]", "a cat") == theirs.select("w", "c", "[0.1]", "a cat")
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("B", "B"),
+        ("b", "B"),
+        ("B. a red dog", "B"),
+        ("b) a cat", "B"),
+        ("a cat", "A"),  # its first character
+        ("The CAT is", None),
+        ("It is a FISH, I think", "C"),  # contains
+        ("red", "B"),  # is contained in
+        ("on a mat", "A"),  # the first of two that contain it
+        ("bird", "B"),  # nothing but its first character is looked at
+        ("d", None),  # no option has that letter
+        ("dog", None),
+        ("Fish", "C"),
+        ("fowl", None),
+        ("", None),
+        (" ", None),
+        ("x", None),
+    ],
+)
+def test_a_reply_names_an_option(reply, expected):
+    assert letter(reply, ("a cat on a mat", "a red dog on a mat", "fish")) == expected
+
+
+def test_options_beyond_d_are_named_by_their_letter_alone_or_their_text():
+    options = ("one", "two", "three", "four", "five")
+    assert letter("E", options) == letter("e", options) == letter("E. five", options) == "E"
+    assert letter("E.", options) is None
+    assert letter("D", options) == letter("d. two", options) == "D"
+
+
+def test_an_open_questions_reply_names_nothing():
+    assert letter("A", ()) is letter("A cat", ()) is None
+
+
+@pytest.mark.parametrize("field", ["first_line", "whole", "context", "options"])
+def test_all_of_a_question_is_text(field):
+    question = Question("What?", "What?\nA. x", ("x",), "why")
+    broken = "\udcff"
+    with pytest.raises(QuestionError, match="not text in UTF-8"):
+        replace(question, **{field: (broken,) if field == "options" else broken})
+    with pytest.raises(QuestionError, match="empty"):
+        replace(question, first_line=" ")
+
+
+def test_the_longest_option_is_counted():
+    """It is scored behind the longest box; a reply, which can be longer, is not."""
+    tokenizer = fakes.make_tokenizer()
+    manifest = fakes.make_manifest(tokenizer)
+
+    def need(*options: str) -> int:
+        turns = Turns(manifest, tokenizer, Question("What?", "What?", options))
+        turns.check_length(macro_only=False)
+        prompts = [turns.select("w", "c", "", option) for option in options]
+        return max(len(prompt.tokens) for prompt in prompts) + manifest.max_new_tokens
+
+    fits = bisect_left(range(1500), True, key=lambda words: refused(lambda n: need("x", "x " * n), words)) - 1
+    assert fits > 100
+    assert need("x", "x " * fits) <= manifest.decoder.context
+    with pytest.raises(QuestionError, match="too long"):
+        need("x " * (fits + 2), "x")
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ SLOTS = {"kind": len(KINDS) + 1, "colour": len(COLOURS) + 1}
 SLOTS |= dict.fromkeys(("x0", "y0", "x1", "y1"), 100)
 SLOTS |= dict.fromkeys(("first", "second", "third"), len(ALPHABET) + 1)
 
-SIZES = {"nano-s": 3, "nano": 4, "nano-l": 7}  # layers of the decoder
+SIZES = {"nano": 4, "nano-s": 3, "nano-l": 7}  # layers of the decoder
 HIDDEN, HEADS = 192, 4
 
 LEGIBLE = 6.0  # cap height in view pixels from which letters can be told apart

@@ -5,9 +5,9 @@
    no pixels, so looking things up is learned on clean evidence and many questions a second.
 3. `trees`: dialogues about new scenes, their pictures drawn, seen by the frozen tower and kept, once for
    all sizes.
-4. `dialogues`: for each size, the projector learns to make those sums out of the tower's features, then
-   projector and decoder learn the dialogues on real features. A size starts from what `symbols` learned,
-   with a layer less or with more of them, which at first add nothing.
+4. `dialogues`: the projector learns to make those sums out of the tower's features, then projector and
+   decoder learn the dialogues on real features. The other sizes start from what nano learned so, with a
+   layer less or with more of them, which at first add nothing.
 
 Run as ``python -m dualfocus.train.recipe STAGE --minutes M``; every stage saves to ``train/runs/`` and goes
 on from what is there with ``--resume``. ``… save --size SIZE`` writes what `dialogues` saved as the
@@ -527,14 +527,15 @@ def take_over(model: LlavaForConditionalGeneration, learned: dict[str, Tensor]) 
 def train_dialogues(size: str, minutes: float, seed: int, resume: bool) -> None:
     """Stage 4: projector and decoder on what the tower saw.
 
-    For the first tenth of the time only the projector learns, to say in the decoder's symbols what the
-    tower saw; that stays a second loss while projector and decoder learn the dialogues.
+    Of what starts from symbols, only the projector learns for the first tenth of the time, to say in the
+    decoder's symbols what the tower saw; that stays a second loss while both learn the dialogues.
     """
     tokenizer = nano.build_tokenizer()
     learned = torch.load(RUNS / "symbols.pt")
+    from_symbols = size == "nano" and not resume
     model = nano.build_model(tokenizer, size, seed)
     symbols, dialogues = Symbols(model, tokenizer), Dialogues(model, tokenizer)
-    take_over(model, learned["model"])
+    take_over(model, (learned if size == "nano" else torch.load(RUNS / "nano.pt"))["model"])
     symbols.load_state_dict(learned["symbols"])
     path, scenes_seen = RUNS / f"{size}.pt", 0
     if resume:
@@ -548,14 +549,16 @@ def train_dialogues(size: str, minutes: float, seed: int, resume: bool) -> None:
     scale = symbols(torch.from_numpy(trees.trees[0].cells)).var()
     learning = [projector, model.model.language_model]
     parameters = [parameter for module in learning for parameter in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=7e-4, weight_decay=0.02, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        parameters, lr=7e-4 if from_symbols else 4e-4, weight_decay=0.02, betas=(0.9, 0.98)
+    )
 
     def loss(batch: dict[str, Tensor], share: float) -> tuple[Tensor, dict[str, float]]:
         image_tokens = projector(batch["seen"].float()).float()
         error = (image_tokens - symbols(batch["cells"]).float()).square().mean(-1) / scale
         filled = batch["cells"][..., 0] > 0
         regression = error[filled].mean() + error[~filled].mean()
-        if not resume and share < 0.1:
+        if from_symbols and share < 0.1:
             return regression, {"regression": regression.item()}
         answers, right = dialogues.loss(batch, image_tokens)
         return answers + 0.3 * regression, {"regression": regression.item(), **right}

@@ -63,6 +63,9 @@ UNSEEN_FONTS = (
     ("font_roboto", "files/Roboto-Black.ttf"),
 )
 UNSEEN_PHOTOGRAPHS = (("skimage", "data/coffee.png"), ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg"))
+for _package, _ in (*FONTS, *PHOTOGRAPHS, *UNSEEN_FONTS, *UNSEEN_PHOTOGRAPHS):
+    if find_spec(_package) is None:  # found missing here as an import would, and not at the first picture
+        raise ModuleNotFoundError(f"No module named {_package!r}", name=_package)
 
 Pixels = tuple[float, float, float, float]
 
@@ -148,7 +151,7 @@ def popularity(word: str) -> float:
 
 def _file(package: str, path: str) -> str:
     found = find_spec(package)
-    assert found is not None, f"the package {package} is missing"
+    assert found is not None
     assert found.submodule_search_locations is not None
     return f"{found.submodule_search_locations[0]}/{path}"
 

@@ -335,6 +335,7 @@ NOT_PLACED = {"id": 9, "y": 1, "width": 1, "height": 1}
         # the mapping's pairs
         ("qa_to_region_mapping", {"8": None}, "no region_id"),
         ("qa_to_region_mapping", {"x": 3}, "qa_id is no whole number"),
+        ("qa_to_region_mapping", {"9" * 5000: 3}, "qa_id is no whole number"),
     ],
 )
 def test_malformed_records_are_counted_and_left_out(

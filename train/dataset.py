@@ -114,7 +114,7 @@ def _write(
                 made = sample(f"{key}_{question}", image, area, judged)
                 file.write(",\n" * (kept > 0) + json.dumps(made))
                 x0, y0, x1, y1 = judged.box
-                sizes[bisect.bisect_left(SIZES, (x1 - x0) * (y1 - y0) / (width * height)) - 1] += 1
+                sizes[bisect.bisect_left(SIZES[1:-1], (x1 - x0) * (y1 - y0) / (width * height))] += 1
                 if rng.random() < SHEET / (kept + 1):  # so that all are as likely in the end
                     if len(chosen) == SHEET:
                         del chosen[rng.choice(list(chosen))]

@@ -244,7 +244,9 @@ def _id(entry: Entry, name: str) -> int:
 
 def _digits(value: Any) -> Any:
     """The mapping's ids are numbers as text in its keys, and may be in its values."""
-    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+    # no id has 20 digits, and int() raises for thousands
+    is_number = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20
+    return int(value) if is_number else value
 
 
 def _place(entry: Entry, width: str = "w", height: str = "h") -> dict[str, float]:

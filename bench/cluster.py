@@ -13,7 +13,7 @@ import os
 import pickle
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -56,45 +56,44 @@ def ask_all(
     if wanted is not None and wanted.index:
         raise DeviceError(f"Ray chooses the GPU of each worker, expected {wanted.kind} instead of {wanted}")
     kind = (wanted or devices.choose(None, target)).kind
-    ray = _connect(address)
-    try:
+    is_gpu = kind != "cpu"
+    with _connected(address) as ray:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        count, needs = places(nodes, threads, is_gpu=kind != "cpu")
+        count, threads = places(nodes, threads, is_gpu=is_gpu)
         if not count:
-            lacking = "GPU" if kind != "cpu" else f"machine with {threads or 1} cores"
+            lacking = "GPU" if is_gpu else f"machine with {threads} cores"
             raise InputError(f"--ray {address}: the cluster has no {lacking}")
         together = [list(of) for _, of in groupby(questions, key=lambda asked: asked.picture)]
         rows = [{"questions": pickle.dumps(of)} for of in together]
-        path = None if bundle is None else bundle.absolute()
         answered = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Worker,
-            fn_constructor_args=(run, path, kind, int(needs["num_cpus"]) if kind == "cpu" else threads),
+            fn_constructor_args=(run, bundle and bundle.absolute(), kind, threads),
             batch_size=None,
             compute=ray.data.ActorPoolStrategy(size=min(count, len(rows))),
-            **needs,
+            **({"num_gpus": 1} if is_gpu else {"num_cpus": threads}),
         )
+        # an answer is handed on when it comes, not with the next
         for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
             for problem in filter(None, batch["problem"]):
                 raise InputError(str(problem))
             for lines in batch["lines"]:
                 yield from json.loads(lines)
-    finally:
-        ray.shutdown()
 
 
 def places(
     nodes: Sequence[Mapping[str, float]], threads: int | None, *, is_gpu: bool
-) -> tuple[int, dict[str, float]]:
-    """How many engines there is room for on machines with these resources, and what each of them takes."""
+) -> tuple[int, int | None]:
+    """How many engines there is room for on machines with these resources, and the threads of each."""
     if is_gpu:
-        return sum(int(node.get("GPU", 0)) for node in nodes), {"num_gpus": 1}
+        return sum(int(node.get("GPU", 0)) for node in nodes), threads
     cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
-    each = threads or min(cores, default=1)
-    return sum(of // each for of in cores), {"num_cpus": each}
+    threads = threads or min(cores, default=1)
+    return sum(of // threads for of in cores), threads
 
 
-def _connect(address: str) -> Any:
-    """The module, connected."""
+@contextmanager
+def _connected(address: str) -> Iterator[Any]:
+    """The module, connected; standard output is closed meanwhile."""
     for name, setting in ENVIRONMENT.items():
         os.environ.setdefault(name, setting)
     try:
@@ -107,14 +106,19 @@ def _connect(address: str) -> Any:
     try:
         if port.isdecimal():  # where nobody listens, Ray waits for many minutes
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-        with _silence():  # it says that it was told not to write to the terminal
+        with _silence():  # it says on standard error that it was told to be silent
             ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **own)
     except Exception as error:  # of any kind: a name not known, a port not open, another version of Ray
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"--ray {address}: no Ray cluster could be reached: {reason}") from None
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    return ray
+    # a thread of Ray's prints what becomes of its workers, where our result is to be
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
 
 
 @contextmanager

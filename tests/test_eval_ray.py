@@ -1,4 +1,4 @@
-"""`dualfocus eval --ray`: the local answers from several workers, one file whatever becomes of the driver."""
+"""`dualfocus eval --ray`: the local answers from several workers, in one file whatever is killed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from dualfocus.bench.questions import Asked, File
 from dualfocus.runtime import Bundle, FocusRunner, InputError
 from dualfocus.runtime.bundle import BUILT_IN, read_manifest
 
-pytest.importorskip("ray")
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 
 MANIFEST, DIGEST = read_manifest(BUILT_IN)
 RUN = Run("scenes", "dual", MANIFEST.name, DIGEST[:16])
@@ -105,12 +106,13 @@ def test_a_workers_gpu_is_rays_choice():
 
 def test_there_is_an_engine_on_every_gpu_or_on_so_many_cores():
     nodes = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 5.0}, {"memory": 1.0}]
-    assert cluster.places(nodes, 4, is_gpu=False) == (3, {"num_cpus": 4})
-    assert cluster.places(nodes, 1, is_gpu=False) == (13, {"num_cpus": 1})
-    assert cluster.places(nodes, None, is_gpu=False) == (2, {"num_cpus": 5})
-    assert cluster.places(nodes, 9, is_gpu=False)[0] == 0
-    assert cluster.places(nodes, 4, is_gpu=True) == (2, {"num_gpus": 1})
-    assert cluster.places(nodes[1:], None, is_gpu=True)[0] == cluster.places([], None, is_gpu=False)[0] == 0
+    assert cluster.places(nodes, 4, is_gpu=False) == (3, 4)
+    assert cluster.places(nodes, 1, is_gpu=False) == (13, 1)
+    assert cluster.places(nodes, None, is_gpu=False) == (2, 5)
+    assert cluster.places(nodes, 9, is_gpu=False) == (0, 9)
+    assert cluster.places([], None, is_gpu=False) == (0, 1)
+    assert cluster.places(nodes, 4, is_gpu=True) == (2, 4)
+    assert cluster.places(nodes[1:], None, is_gpu=True) == (0, None)
 
 
 def test_a_worker_answers_as_the_local_run_does(asked, local):
@@ -191,20 +193,22 @@ def test_two_local_workers_answer_as_one_process(tmp_path, asked, local):
 
 
 @pytest.mark.slow
-def test_a_killed_driver_is_gone_on_with(tmp_path):
-    out, many = tmp_path / "answers.jsonl", 60
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_a_driver_that_was_ended_is_gone_on_with(tmp_path, end):
+    out, many = tmp_path / "answers.jsonl", 90
     questions = scenes.benchmark(many).questions
     expected = by_id(accuracy.ask_all(FocusRunner(Bundle.open(threads=1)), RUN, questions))
     given = "--limit", str(many), "--ray"
-    killed = Driver(out, *given)
-    end = time.monotonic() + PATIENCE
+    ended = Driver(out, *given)
+    limit = time.monotonic() + PATIENCE
     while not out.exists() or out.read_bytes().count(b"\n") < 3:
-        assert killed.process.poll() is None, killed.process.communicate()
-        assert time.monotonic() < end
+        assert ended.process.poll() is None, ended.process.communicate()
+        assert time.monotonic() < limit
         time.sleep(0.01)
-    killed.process.send_signal(signal.SIGKILL)
-    killed.process.communicate()
-    killed.wait_until_gone()
+    ended.process.send_signal(end)
+    interrupted = f"dualfocus: interrupted: the same command goes on with {out}\n"
+    assert ended.process.communicate() == ("", interrupted if end is signal.SIGINT else "")
+    ended.wait_until_gone()
     before = out.read_bytes()
     assert 3 <= before.count(b"\n") < many
     assert finished(Driver(out, *given))["questions"] == many

@@ -609,7 +609,8 @@ def test_scenes_of_yes_and_no_are_judged_as_pope_is(here: Path, monkeypatch: pyt
         (scene, Dialogue("What is written?", "AB", box, "detail")),
     ]
     monkeypatch.setattr(drawn, "CATEGORIES", ("detail", "pope random", "pope popular"))
-    monkeypatch.setattr(drawn, "held_out", lambda limit: asked[:limit])
+    monkeypatch.setattr(drawn, "POPE", ("random", "popular"))
+    monkeypatch.setattr(drawn, "held_out", lambda limit, *, unseen: asked[:limit])
     benchmark = drawn.benchmark(3)
     lines = [
         answered(

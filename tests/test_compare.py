@@ -178,5 +178,30 @@ def test_readmes_markers_are_checked(page: Path, capsys: pytest.CaptureFixture[s
         readme.table("scenes-nano")
 
 
+def answers_of(bundle: str, right: float) -> dict[str, Any]:
+    of = {"share": right, "low": right - 0.1, "high": right + 0.1}
+    row = {"questions": 20, "macro": of, "micro": of, "dual": of, "oracle": of}
+    row["gain"] = {"mean": 0.05, "low": -0.01, "high": 0.11}
+    judged = {name: {"f1": f1, "yes": 0.5} for name, f1 in (("macro", 0.8), ("micro", 0.9), ("dual", 0.9))}
+    return harness.header("scenes", 2) | {
+        "bundle": bundle,
+        "mode": "dual",
+        "accuracy": {"detail": row, "count": row, "pope random": row, "all": row},
+        "yes_no": {"pope random": judged},
+    }
+
+
+def test_results_of_several_models_share_a_table(page: Path) -> None:
+    for name, right in (("small", 0.5), ("large", 0.75)):
+        kept(page.parent, answers_of(name, right), f"2026-01-01-scenes-{name}.json")
+    both = readme.table("scenes-small+scenes-large")
+    assert "| small | detail | 20 | 50.0 | 50.0 | 50.0 (40.0 to 60.0) | 50.0 | +5.0 (-1.0 to 11.0) |" in both
+    assert "| large | pope random, F1 (says yes: 50.0, 50.0 %) | 20 | 80.0 | 90.0 | 90.0 |  | +10.0 |" in both
+    assert "count" not in both
+    alone = readme.table("scenes-large")
+    assert "| count | 20 | 75.0 |" in alone
+    assert "large" not in alone
+
+
 def test_the_repositorys_readme_is_what_its_results_say() -> None:
     assert readme.main(["--check"]) == 0

@@ -102,7 +102,7 @@ def tampered(result: FocusResult) -> Iterator[FocusResult]:
         yield replace(result, **{name: replace(answer, loss=answer.loss + 2 * TOLERANCE)})
         yield replace(result, **{name: replace(answer, loss=None)})
         yield replace(result, **{name: None})
-    yield replace(result, crop=(0, *result.crop[1:]))
+    yield replace(result, crop=(result.crop[0] + 1, *result.crop[1:]))
     yield replace(result, chosen="macro" if result.chosen == "micro" else "micro")
     yield replace(result, answer="another")
 

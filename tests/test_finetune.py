@@ -35,7 +35,7 @@ from dualfocus.runtime.turns import ImageToken, Turns
 from dualfocus.train import finetune, loop, samples
 from dualfocus.train.samples import IGNORED, Rows, Sample
 
-NANO = Path(__file__).parent.parent / "train" / "checkpoint"
+NANO = Path(__file__).parent.parent / "train" / "checkpoints" / "nano"
 LOCATE = "<image>\nPlease provide the bounding box coordinate of the region this question asks: "
 MICRO = "<image>\nPlease combine the information from these two images and answer this question: "
 HINT = "\nAnswer the question using a single word or phrase."

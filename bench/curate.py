@@ -239,12 +239,13 @@ _FAULTS = (
 def facts(result: Mapping[str, Any]) -> dict[str, str]:
     """What was measured, in words."""
     curated, statistics, malformed = result["curate"], result["statistics"], result["malformed"]
+    verdict = "met" if result["memory"]["met"] else "missed"
     size, alike = sum(result["bytes"].values()), "the same" if malformed["alike"] else "not the same"
     return {
         "pictures": f"{result['pictures']:,}, {size / 1e9:.2f} GB of JSON",
         "questions": f"{statistics['questions']:,}",
         "time": f"{curated['seconds'] / 60:.1f} minutes, {curated['mb_per_s']:.0f} MB/s",
-        "memory": f"{curated['peak_rss'] / 1e6:.0f} MB at the most ({harness.verdict(result['memory'])})",
+        "memory": f"{curated['peak_rss'] / 1e6:.0f} MB at the most (wanted {LIMIT / 1e6:,.0f}: {verdict})",
         "kept": f"{statistics['kept']:,} dialogues, {result['dialogues_bytes'] / 1e9:.2f} GB",
         "malformed": f"{malformed['planted']:,} planted, {malformed['counted']:,} counted, reasons {alike}",
     } | {f"dropped: {reason}": f"{count:,}" for reason, count in statistics["dropped"].items() if count}

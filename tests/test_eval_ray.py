@@ -195,7 +195,7 @@ def test_two_local_workers_answer_as_one_process(tmp_path, asked, local):
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_a_driver_that_was_ended_is_gone_on_with(tmp_path, end):
-    out, many = tmp_path / "answers.jsonl", 90
+    out, many = tmp_path / "answers.jsonl", 300
     questions = scenes.benchmark(many).questions
     expected = by_id(accuracy.ask_all(FocusRunner(Bundle.open(threads=1)), RUN, questions))
     given = "--limit", str(many), "--ray"

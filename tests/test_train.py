@@ -239,7 +239,7 @@ def test_a_tree_trains_what_its_dialogues_would_one_by_one() -> None:
 
 @pytest.mark.slow
 def test_the_recipe_runs_from_nothing_to_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second or two of every stage, resumed once: what comes out answers, however badly, in every size."""
+    """A second or two of every stage, resumed: what comes out answers, however badly, in every size."""
     monkeypatch.setattr(recipe, "RUNS", tmp_path)
     monkeypatch.setattr(recipe, "CHECKPOINTS", tmp_path / "checkpoints")
     for resume in (False, True):
@@ -254,6 +254,12 @@ def test_the_recipe_runs_from_nothing_to_bundles(tmp_path: Path, monkeypatch: py
             recipe.train_dialogues(size, 0.03, 1, resume)
         assert torch.load(tmp_path / f"{size}.pt")["samples"] > recipe.TREES
         recipe.save(size)
+        (tmp_path / f"{size}.pt").rename(tmp_path / "saved.pt")
+        recipe.load(size)  # and once more, from what a checkpoint keeps
+        saved, loaded = (torch.load(tmp_path / f"{name}.pt")["model"] for name in ("saved", size))
+        assert saved.keys() == loaded.keys()
+        assert all(torch.equal(value.half(), loaded[name].half()) for name, value in saved.items())
+        recipe.train_dialogues(size, 0.03, 1, resume=True)
         export_bundle(tmp_path / "checkpoints" / size, tmp_path / size, progress=lambda _: None)
         bundle = Bundle.open(tmp_path / size, threads=1)
         assert (bundle.manifest.name, bundle.manifest.decoder.layers) == (size, layers)

@@ -12,7 +12,8 @@
 Run as ``python -m dualfocus.train.recipe STAGE --minutes M``; every stage saves to ``train/runs/`` and goes
 on from what is there with ``--resume``. ``… save --size SIZE`` writes what `dialogues` saved as the
 checkpoint ``train/checkpoints/SIZE``, from which ``dualfocus export train/checkpoints/nano -o models/nano``
-makes the bundle. What was run, for how long and with what curves: ``train/LOG.md``.
+makes the bundle; ``… load --size SIZE`` takes a checkpoint back into ``train/runs/``, for `trees` and
+`dialogues` to go on from. What was run, for how long and with what curves: ``train/LOG.md``.
 """
 
 from __future__ import annotations
@@ -531,17 +532,20 @@ def train_dialogues(size: str, minutes: float, seed: int, resume: bool) -> None:
     decoder's symbols what the tower saw; that stays a second loss while both learn the dialogues.
     """
     tokenizer = nano.build_tokenizer()
-    learned = torch.load(RUNS / "symbols.pt")
-    from_symbols = size == "nano" and not resume
     model = nano.build_model(tokenizer, size, seed)
     symbols, dialogues = Symbols(model, tokenizer), Dialogues(model, tokenizer)
-    take_over(model, (learned if size == "nano" else torch.load(RUNS / "nano.pt"))["model"])
-    symbols.load_state_dict(learned["symbols"])
     path, scenes_seen = RUNS / f"{size}.pt", 0
+    from_symbols = size == "nano" and not resume
     if resume:
         state = torch.load(path)
         scenes_seen = state["samples"]
         model.load_state_dict(state["model"])
+    elif from_symbols:
+        state = torch.load(RUNS / "symbols.pt")
+        model.load_state_dict(state["model"])
+        symbols.load_state_dict(state["symbols"])
+    else:
+        take_over(model, torch.load(RUNS / "nano.pt")["model"])
     model.model.vision_tower.load_state_dict(torch.load(RUNS / "tower.pt")["tower"])
     symbols.requires_grad_(False)
     projector = model.model.multi_modal_projector
@@ -555,10 +559,12 @@ def train_dialogues(size: str, minutes: float, seed: int, resume: bool) -> None:
 
     def loss(batch: dict[str, Tensor], share: float) -> tuple[Tensor, dict[str, float]]:
         image_tokens = projector(batch["seen"].float()).float()
+        if not from_symbols:
+            return dialogues.loss(batch, image_tokens)
         error = (image_tokens - symbols(batch["cells"]).float()).square().mean(-1) / scale
         filled = batch["cells"][..., 0] > 0
         regression = error[filled].mean() + error[~filled].mean()
-        if from_symbols and share < 0.1:
+        if share < 0.1:
             return regression, {"regression": regression.item()}
         answers, right = dialogues.loss(batch, image_tokens)
         return answers + 0.3 * regression, {"regression": regression.item(), **right}
@@ -578,12 +584,22 @@ def save(size: str) -> None:
     nano.save_checkpoint(model, tokenizer, size, CHECKPOINTS / size)
 
 
+def load(size: str) -> None:
+    """Take a checkpoint back into `RUNS`, where the later stages find its tower and its decoder.
+
+    The heads that the tower was trained with are not in a checkpoint: `tower` cannot go on from one.
+    """
+    model = LlavaForConditionalGeneration.from_pretrained(CHECKPOINTS / size, dtype=torch.float32)
+    torch.save({"samples": 0, "tower": model.model.vision_tower.state_dict()}, RUNS / "tower.pt")
+    torch.save({"samples": 0, "model": model.state_dict()}, RUNS / f"{size}.pt")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=["tower", "symbols", "trees", "dialogues", "save"])
-    parser.add_argument("--size", choices=nano.SIZES, default="nano", help="for dialogues and save (nano)")
+    parser.add_argument("stage", choices=["tower", "symbols", "trees", "dialogues", "save", "load"])
+    parser.add_argument("--size", choices=nano.SIZES, default="nano", help="for dialogues, save, load (nano)")
     parser.add_argument("--minutes", type=float, default=20, help="how long to train (20)")
     parser.add_argument("--scenes", type=int, default=10_000, help="how many trees draws (10,000)")
     parser.add_argument("--seed", type=int, default=1)
@@ -600,5 +616,7 @@ if __name__ == "__main__":
         draw_trees(arguments.scenes, arguments.seed)
     elif arguments.stage == "dialogues":
         train_dialogues(arguments.size, arguments.minutes, arguments.seed, arguments.resume)
-    else:
+    elif arguments.stage == "save":
         save(arguments.size)
+    else:
+        load(arguments.size)

@@ -251,7 +251,7 @@ def markdown(*results: Mapping[str, Any]) -> str:
     for result in results:
         name = [result["bundle"]] if several else []
         for group, row in result["accuracy"].items():
-            if several and group not in ("detail", "global", "all"):
+            if several and group not in ("detail", "global", "all", *result["yes_no"]):
                 continue
             shares = [f"{100 * row[one]['share']:.1f}" for one in passes]
             shares[2] += f" ({_interval(row['dual'])})"

@@ -250,14 +250,14 @@ def letter(reply: str, options: Sequence[str]) -> str | None:
     return next((name for name in letters if name.lower() == said[:1]), None)
 
 
-def render(prompts: Prompts, question: Question, turns: Sequence[Turn]) -> list[Piece]:
-    """The dialogue of `turns` about `question` as pieces, in order."""
+def render(prompts: Prompts, question: Question | None, turns: Sequence[Turn]) -> list[Piece]:
+    """The dialogue of `turns` about `question`, or of turns that ask it themselves, as pieces in order."""
     pieces: list[Piece] = [Text(prompts.system)]
     for turn in turns:
         for i, text in enumerate(prompts.user.replace("{turn}", turn.template).split(prompts.image)):
             if i:
                 pieces.append(Image())
-            pieces.append(Text(question.fill(text)))
+            pieces.append(Text(question.fill(text) if question else text))
         if turn.reply is not None:
             pieces.append(Text(prompts.reply.replace("{answer}", turn.reply), reply=True))
     return pieces

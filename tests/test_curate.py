@@ -91,6 +91,10 @@ def judged(asked: Files, *box: float) -> Dialogue | Drop:
         (qa(5, "What is the blue one?", "x", 13), (), (150, 40, 200, 80)),
         (qa(5, "What is behind the Tree?", "x", 15), (), Drop.AMBIGUOUS),
         (qa(5, "What is that?", "x", 11), (), Drop.AMBIGUOUS),
+        (qa(5, "What is the object behind?", "x", 11), (), Drop.AMBIGUOUS),
+        (qa(5, "What is he wearing?", "x", 11), (), (10, 10, 50, 70)),
+        (qa(5, "What are the men wearing?", "x", 11), (), (10, 10, 50, 70)),
+        (qa(5, "What grows there?", "x", 15), (), Drop.AMBIGUOUS),
         (qa(5, "Is the man by the tree?", "x", 11, 15), (), Drop.AMBIGUOUS),
         # nothing is named by the annotations, but by the question
         (qa(5, "What is the man wearing?"), (20, 10, 30, 20), (20, 10, 50, 30)),
@@ -100,6 +104,7 @@ def judged(asked: Files, *box: float) -> Dialogue | Drop:
         # counts are of several, and what is not there is not one of them
         (qa(5, "How many cars or a car are there?", "2", 12, 13), (), (100, 40, 200, 80)),
         (qa(5, "Is there a green car?", "No."), (20, 10, 30, 20), (20, 10, 50, 30)),
+        (qa(5, "Is the tree tall?", "No."), (20, 10, 30, 20), Drop.AMBIGUOUS),
         # boxes
         (qa(5, "What is the man wearing?", "x", 11), (20, 10, 0, 20), Drop.EMPTY),
         (qa(5, "What is the man wearing?", "x", 11), (20, 10, 30, -1), Drop.EMPTY),
@@ -144,8 +149,9 @@ def test_what_is_asked_twice_has_to_agree(second: Files, x: float, agrees: bool)
 
 def test_what_is_absent_has_no_region_to_disagree_about() -> None:
     regions = [region(1, 20, 10, 30, 20), region(2, 90, 10, 30, 20)]
-    asked = (qa(5, "Is there a dog?", "No"), qa(6, "Is there a dog?", "no"))
-    assert len(curate.dialogues(picture(*asked, regions=regions, mapping={"5": 1, "6": 2}))) == 2
+    for question, kept in (("Is there a dog?", 2), ("Is it big?", 0)):
+        asked = (qa(5, question, "No"), qa(6, question, "no"))
+        assert len(curate.dialogues(picture(*asked, regions=regions, mapping={"5": 1, "6": 2}))) == kept
 
 
 def test_an_object_merged_into_another_is_that_one() -> None:
@@ -485,7 +491,7 @@ def test_the_command_says_what_it_did(drawn: Path, tmp_path: Path) -> None:
     result = run("--visual-genome", drawn, "-o", tmp_path / "out", "--images", tmp_path)
     assert "has no pictures" in result.stdout
     assert not (tmp_path / "out" / "samples.png").exists()
-    assert "expected a new folder" in refused(run("--visual-genome", drawn, "-o", tmp_path / "out"))
+    assert "expected a new or an empty folder" in refused(run("--visual-genome", drawn, "-o", tmp_path / "out"))
 
 
 @pytest.mark.parametrize(

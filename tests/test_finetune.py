@@ -68,7 +68,7 @@ def talk(*said: str) -> list[dict[str, str]]:
 
 
 MIX = [
-    {"id": "text", "conversations": talk("Say {Q} and <b>.", "{T}", "Bye", "bye")},
+    {"id": "text", "conversations": talk(r"Say {Q}, {CQ}, \mathbf{C} and <b>.", "{T}", "Bye", "bye")},
     {"id": "seen", "image": "0.png", "conversations": talk("what?\n<image>", "noise", "and?", "nothing")},
 ]
 
@@ -167,7 +167,8 @@ def test_llavas_samples_keep_their_words(data: Path) -> None:
     for row in (rows[0], rows[1]):
         ids = [2 if place == 0 else token for token, place, _ in row.columns if place <= 0]
         texts.append(rows.tokenizer.decode(ids, skip_special_tokens=False))
-    assert texts[0] == f"<s>{SYSTEM}USER: Say {{Q}} and <b>. ASSISTANT: {{T}}</s>USER: Bye ASSISTANT: bye</s>"
+    said = "USER: Say {Q}, {CQ}, \\mathbf{C} and <b>. ASSISTANT: {T}</s>USER: Bye ASSISTANT: bye</s>"
+    assert texts[0] == f"<s>{SYSTEM}{said}"
     # the picture, shown here by </s>, comes first, as LLaVA moves it
     assert texts[1] == (f"<s>{SYSTEM}USER: </s>\nwhat? ASSISTANT: noise</s>USER: and? ASSISTANT: nothing</s>")
     assert rows[0].views == []
@@ -582,7 +583,9 @@ def test_nano_stays_nano(data: Path, tmp_path: Path) -> None:
             lambda given: [*given, "--hold-out", "5"],
             "leaves 5 usable samples, expected more than the 5 to hold",
         ),
-        (lambda given: [*given, "-o", given[0]], "is there already, expected nothing or an empty folder"),
+        (lambda given: [*given, "-o", given[0]], "is there already, expected a new or an empty folder"),
+        (lambda given: [*given, "-o", "/proc"], "a file system of its own, expected a folder in one"),
+        (lambda given: [*given, "--batch", "128", "--epochs", "1"], "make 1 step, whose learning rate is"),
     ],
 )
 def test_what_cannot_be_used_is_one_sentence(
@@ -610,6 +613,13 @@ def test_a_file_without_samples_is_refused(tmp_path: Path, content: str, said: s
         samples.read(tmp_path / "file.json", tmp_path)
 
 
+@pytest.mark.parametrize("lr", ["-2e-5", "nan", "inf", "0"])
+def test_a_learning_rate_is_above_zero(data: Path, tmp_path: Path, lr: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main(command(data, tmp_path / "out", f"--lr={lr}"))
+    assert stopped.value.code == 2
+
+
 def test_a_batch_is_shared_evenly_or_refused() -> None:
     with pytest.raises(InputError, match="--batch is 128, expected a multiple of the 3 processes"):
         finetune.split(128, 3, 16)
@@ -626,10 +636,14 @@ def test_another_run_is_not_gone_on_with(
     monkeypatch.setattr(loop, "save_state", stop)
     with pytest.raises(InterruptedRunError):
         finetune.main(command(data, out))
+    declared = data / "checkpoint" / "dualfocus.json"
     for more, said in (
         ([], "--resume goes on with it"),
         (["--resume", "--seed", "1"], "--seed 0, expected the same, got 1"),
+        (["--resume"], "with what the checkpoint declares"),
     ):
+        if said.startswith("with"):
+            declared.write_text(json.dumps({"coordinates": "padded"}))
         _alone_now()
         with pytest.raises(SystemExit):
             finetune.main(command(data, out, *more))

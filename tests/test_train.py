@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dualfocus.export import export_bundle
 from dualfocus.export.nano_tower import NanoVisionConfig, NanoVisionModel
@@ -254,17 +255,31 @@ def test_the_recipe_runs_from_nothing_to_bundles(tmp_path: Path, monkeypatch: py
             recipe.train_dialogues(size, 0.03, 1, resume)
         assert torch.load(tmp_path / f"{size}.pt")["samples"] > recipe.TREES
         recipe.save(size)
-        (tmp_path / f"{size}.pt").rename(tmp_path / "saved.pt")
-        recipe.load(size)  # and once more, from what a checkpoint keeps
-        saved, loaded = (torch.load(tmp_path / f"{name}.pt")["model"] for name in ("saved", size))
-        assert saved.keys() == loaded.keys()
-        assert all(torch.equal(value.half(), loaded[name].half()) for name, value in saved.items())
-        recipe.train_dialogues(size, 0.03, 1, resume=True)
         export_bundle(tmp_path / "checkpoints" / size, tmp_path / size, progress=lambda _: None)
         bundle = Bundle.open(tmp_path / size, threads=1)
         assert (bundle.manifest.name, bundle.manifest.decoder.layers) == (size, layers)
         result = FocusRunner(bundle).ask(np.asarray(scenes.draw(scene)), "Is there a red star?")
         assert result.macro is not None
+    with pytest.raises(SystemExit, match="holds a tower already"):
+        recipe.load("nano")
+
+
+def test_a_checkpoint_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "RUNS", tmp_path)
+    recipe.load("nano")
+    recipe.draw_trees(2 * recipe.TREES, 1)
+    kept = load_file(recipe.CHECKPOINTS / "nano" / "model.safetensors")
+    loaded = torch.load(tmp_path / "nano.pt")["model"]
+    for name in ("tower", "features"):
+        found = torch.load(tmp_path / f"{name}.pt")
+        tower = found.get("tower", found)
+        assert all(torch.equal(tower[part].half(), kept[f"vision_tower.{part}"]) for part in tower)
+    recipe.train_dialogues("nano", 0.03, 1, resume=True)
+    gone_on = torch.load(tmp_path / "nano.pt")["model"]
+    assert gone_on.keys() == loaded.keys()
+    changed = {name for name in loaded if not torch.equal(gone_on[name], loaded[name])}
+    assert any("language_model" in name for name in changed)
+    assert not any("vision_tower" in name for name in changed)
 
 
 def test_a_size_starts_from_what_another_learned() -> None:

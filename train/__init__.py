@@ -1,6 +1,7 @@
-"""Training: drawn scenes in Visual Genome's format, their dialogues, and the recipe of the built-in model.
+"""Training: Visual Genome's annotations to dialogues, fine-tuning on them, and the built-in model's recipe.
 
-Reading order: ``scenes`` (pictures with annotations), ``curate`` (a picture's annotations to dialogues),
-``visual_genome`` (the annotations' files) and ``dataset`` (from those files to a data set),
-``nano`` (the model and its tokenizer), ``recipe`` (how it is trained).
+Reading order: ``scenes`` (drawn pictures with annotations), ``curate`` (a picture's annotations to
+dialogues), ``visual_genome`` (the annotations' files) and ``dataset`` (from those files to a data set);
+``samples`` (what of a data set a model is fed), ``loop`` (what every training runs in) and ``finetune`` (a
+LLaVA's); ``nano`` (the built-in model and its tokenizer) and ``recipe`` (how it is trained).
 """

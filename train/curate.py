@@ -23,10 +23,14 @@ Records = Mapping[str, Any]  # a picture's entry of every Visual Genome file, by
 WHOLE = 0.9  # of the picture's area: a box from here on points at nothing
 INSIDE = 0.5  # of a box's own area: with less of it inside, the box is not this picture's
 _WORD = re.compile(r"\w+")
+_ANY = (" this ", " that ", " it ", " object ", " thing ", " item ")  # words that fit whatever there is
 
 
 class Drop(StrEnum):
-    """Why a question is left out: the first of these that holds. The last three are `train.dataset`'s."""
+    """Why a question is left out: the first that holds of the last two, and then of the others in order.
+
+    The last three are `train.dataset`'s.
+    """
 
     NO_REGION = "no region and no object with a box"
     AMBIGUOUS = "the asked object is there more than once"
@@ -89,8 +93,8 @@ def judge(records: Records) -> list[tuple[int, Dialogue | Drop]]:
             continue
         judged[key] = Dialogue(qa["question"], answer, box, qa.get("category", ""))
         asked.setdefault(said, []).append(key)
-    for keys in asked.values():
-        if len(keys) > 1 and not _agree([judged[key] for key in keys]):
+    for said, keys in asked.items():
+        if len(keys) > 1 and not _agree(said, [judged[key] for key in keys]):
             judged |= dict.fromkeys(keys, Drop.TWICE)
     return list(judged.items())
 
@@ -139,14 +143,15 @@ class _Things:
         if said.startswith(" how many "):
             return False
         asked = [self._by_id[o["object_id"]] for o in named if o["object_id"] in self._by_id]
-        if not asked and answer.lower() != "no":
+        if not asked and not _absent(said, answer):
             asked = [thing for thing in self._all for name in thing.names if name in said]
         return any(self._fitting(said, thing) > 1 for thing in asked)
 
     def _fitting(self, said: str, asked: _Thing) -> int:
         """How many objects fit the words that point at `asked`.
 
-        The words are its attribute and name together ("red star"), else its name, else its attribute.
+        The words are its attribute and name together ("red star"), else its name, else its attribute; by
+        none of them ("she") it is the one of its name, and by "that" or "the object" any.
         """
         for name in asked.names:
             for attribute in asked.attributes:
@@ -158,7 +163,9 @@ class _Things:
         for attribute in asked.attributes:
             if attribute in said:
                 return len([t for t in self._all if attribute in t.attributes])
-        return len(self._all)
+        if any(word in said for word in _ANY):
+            return len(self._all)
+        return max(len([t for t in self._all if name in t.names]) for name in asked.names)
 
 
 def _words(text: str) -> str:
@@ -191,7 +198,12 @@ def _checked(box: Box, named: Sequence[Box], image: Mapping[str, Any]) -> Box | 
     return Drop.WHOLE if area >= WHOLE * width * height else box
 
 
-def _agree(same: Sequence[Any]) -> bool:
+def _absent(said: str, answer: str) -> bool:
+    """Whether a question is for what is not there."""
+    return said.startswith((" is there ", " are there ")) and answer.lower() == "no"
+
+
+def _agree(said: str, same: Sequence[Any]) -> bool:
     """Whether one question's dialogues have one answer and one region: an IoU of at least a half.
 
     What is not there has no region of its own, so that only the answers can disagree.
@@ -199,7 +211,7 @@ def _agree(same: Sequence[Any]) -> bool:
     first = same[0]
     if any(other.answer.lower() != first.answer.lower() for other in same):
         return False
-    return first.answer.lower() == "no" or all(
+    return _absent(said, first.answer) or all(
         3 * _shared(first.box, other.box) >= sum(_shared(box, box) for box in (first.box, other.box))
         for other in same
     )

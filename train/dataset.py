@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 import matplotlib  # ships the DejaVu family under a free licence
 from PIL import Image, ImageDraw, ImageFont
 
-from dualfocus.runtime.errors import InputError
+from dualfocus.runtime.errors import InputError, PictureError
+from dualfocus.runtime.image import open_picture
 from dualfocus.runtime.manifest import BoxFormat
 from dualfocus.runtime.turns import DUALFOCUS, Question
 from dualfocus.train.curate import WHOLE, Box, Dialogue, Drop, fractions, judge
@@ -55,8 +56,8 @@ def build(
     Samples are in the order of image_id and qa_id. InputError where something given cannot be used; `out` is
     then not there.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is there already, expected a new folder")
+    out = out.resolve()
+    check_new(out)
     if not source.is_dir():
         raise InputError(f"{source}: not a folder, expected Visual Genome's files in one")
     if images is not None and not images.is_dir():
@@ -79,6 +80,14 @@ def build(
         annotations.close()
         folder.rename(out)
     return statistics
+
+
+def check_new(out: Path) -> None:
+    """Raise InputError unless `out`, a resolved path, is a place where a finished folder can be moved to."""
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not out.is_mount())):
+        raise InputError(f"{out} is there already, expected a new or an empty folder")
+    if out.is_mount():
+        raise InputError(f"{out} is a file system of its own, expected a folder in one")
 
 
 def _write(
@@ -168,9 +177,8 @@ def sheet(folder: Path, shown: list[_Shown]) -> Image.Image:
         lines = textwrap.wrap(dialogue.question, LINE, max_lines=2, placeholder=" …")
         lines += textwrap.wrap(f"→ {dialogue.answer}", LINE, max_lines=1, placeholder=" …")
         try:
-            with Image.open(folder / image) as opened:
-                picture = opened.convert("RGB")
-        except (OSError, Image.DecompressionBombError):
+            picture = Image.fromarray(open_picture(folder / image))
+        except PictureError:
             lines.insert(0, f"{image} cannot be read")
         else:
             picture.thumbnail((TILE[0] - 6, TILE[1] - 6))

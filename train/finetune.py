@@ -20,6 +20,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import random
 import shutil
@@ -44,6 +45,7 @@ from dualfocus.export.checkpoint import EMBEDDINGS, Checkpoint
 from dualfocus.runtime.errors import InputError
 from dualfocus.runtime.manifest import Manifest
 from dualfocus.train import loop, samples
+from dualfocus.train.dataset import check_new
 from dualfocus.train.loop import Curve, Step
 from dualfocus.train.samples import IGNORED, Part, Rows, Sample
 
@@ -88,7 +90,8 @@ class Losses(nn.Module):
 def prepare(checkpoint: Checkpoint, *, lora: bool, half: bool) -> tuple[Losses, list[dict[str, Any]]]:
     """The model that learns, float32, and the optimiser's groups of what does.
 
-    With `half`, matrices that do not learn are bfloat16, as which they are computed with anyway.
+    With `half`, matrices that do not learn are bfloat16, as which all but the embeddings, whose rows are
+    rounded so, are computed with anyway.
     """
     model = checkpoint.model
     model.requires_grad_(not lora)
@@ -172,7 +175,8 @@ class Run:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         """Raises InputError where something given cannot be used."""
-        self.arguments, out = arguments, arguments.out
+        arguments.out = out = arguments.out.resolve()
+        self.arguments = arguments
         self.folder = out.parent / f".{out.name}.partial"
         processes = PartialState().num_processes
         self.rows, self.parts = split(arguments.batch, processes, arguments.per_device)
@@ -189,7 +193,12 @@ class Run:
         self.checkpoint = checkpoints.load(self.source, out.name, arguments.vision_tower)
         # A checkpoint becomes a DualFocus one here: other than stock LLaVA's, its boxes are of the picture.
         coordinates = (self.checkpoint.declared or {}).get("coordinates", "original")
-        self.manifest = checkpoints.describe(self.checkpoint, ragged_append=True, coordinates=coordinates)
+        manifest = checkpoints.describe(self.checkpoint, ragged_append=True, coordinates=coordinates)
+        if manifest.image.fit == "crop" and "fit" not in (self.checkpoint.declared or {}):
+            # a box may lie outside of a centre crop, and LLaVA-1.5 was trained on padded pictures
+            self.say("pictures are padded to a square where the checkpoint's processor crops their centre")
+            manifest = dataclasses.replace(manifest, image=dataclasses.replace(manifest.image, fit="pad"))
+        self.manifest = manifest
         if coordinates == "model":
             raise InputError("the checkpoint's boxes are pixels of the model's input, expected fractions")
         self.learned, self.held_out = self._read()
@@ -200,6 +209,11 @@ class Run:
             for epoch in range(arguments.epochs)
             for batch in samples.batches(self.learned, arguments.batch, f"{arguments.seed}/{epoch}")
         ]
+        if len(self.batches) == 1:
+            raise InputError(
+                f"{len(self.learned)} samples make 1 step, whose learning rate is zero: "
+                "expected a smaller --batch, or more --epochs"
+            )
 
     def _read(self) -> tuple[list[Sample], list[Sample]]:
         """Samples to learn from and to hold out."""
@@ -233,7 +247,9 @@ class Run:
         for sample in self.learned:
             data.update(repr(sample).encode())
         return {
-            "CHECKPOINT": hashlib.sha256(self.checkpoint.weights.identity.encode()).hexdigest(),
+            "CHECKPOINT": _digest(self.checkpoint.weights.identity),
+            "what the checkpoint declares": _digest(repr(self.manifest)),
+            "tokenizer": _digest(self.checkpoint.tokenizer.to_str()),
             "samples": data.hexdigest(),
             "number of processes": self.accelerator.num_processes,
         } | {f"--{name.replace('_', '-')}": getattr(self.arguments, name) for name in of}
@@ -379,9 +395,12 @@ def _loss(model: nn.Module, part: Part, device: torch.device) -> Tensor:
     return found
 
 
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _check_out(out: Path, folder: Path, resume: bool) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is there already, expected nothing or an empty folder")
+    check_new(out)
     if folder.exists() and not resume:
         raise InputError(
             f"{folder} is of a run that was interrupted: --resume goes on with it, expected it to be removed "
@@ -402,26 +421,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    say = parser.add_argument
-    say("checkpoint", metavar="CHECKPOINT", help="a folder, or an id on the Hugging Face Hub")
-    say("--dialogues", type=Path, required=True, metavar="FILE", help="what curation wrote")
-    say("--images", type=Path, required=True, metavar="DIR", help="its pictures")
-    say("--mix", type=Path, metavar="FILE", help="LLaVA's samples, to learn too")
-    say("--mix-images", type=Path, metavar="DIR", help="their pictures (as --images)")
-    say("-o", "--out", type=Path, required=True, metavar="OUT", help="where the checkpoint goes")
-    say("--epochs", type=count, default=1, help="how often each sample is seen (1)")
-    say("--lr", type=float, help=f"peak learning rate ({RATE}; with --lora {LORA_RATE})")
-    say("--batch", type=count, default=128, help="samples a step, of all processes (128)")
-    say("--per-device", type=count, default=16, help="of these at once on a device, at most (16)")
-    say("--length", type=count, default=2048, help="tokens behind which a sample is cut (2048)")
-    say("--lora", action="store_true", help="learn low-rank changes instead, merged at the end")
-    say("--precision", choices=["bf16", "fp32"], default="bf16", help="what is computed in (bf16)")
-    say("--hold-out", type=amount, default=0, metavar="N", help="samples kept for a final evaluation (0)")
-    say("--seed", type=amount, default=0)
-    say("--workers", type=amount, default=min(4, (os.cpu_count() or 1) - 1), help="that read pictures")
-    say("--save-every", type=count, default=500, metavar="N", help="steps between two saves (500)")
-    say("--vision-tower", metavar="DIR|ID", help="in the place of the one that CHECKPOINT names")
-    say("--resume", action="store_true", help="go on with an interrupted run, if there is one")
+    option = parser.add_argument
+    option("checkpoint", metavar="CHECKPOINT", help="a folder, or an id on the Hugging Face Hub")
+    option("--dialogues", type=Path, required=True, metavar="FILE", help="what curation wrote")
+    option("--images", type=Path, required=True, metavar="DIR", help="its pictures")
+    option("--mix", type=Path, metavar="FILE", help="LLaVA's samples, to learn too")
+    option("--mix-images", type=Path, metavar="DIR", help="their pictures (as --images)")
+    option("-o", "--out", type=Path, required=True, metavar="OUT", help="where the checkpoint goes")
+    option("--epochs", type=count, default=1, help="how often each sample is seen (1)")
+    option("--lr", type=positive, help=f"peak learning rate ({RATE}; with --lora {LORA_RATE})")
+    option("--batch", type=count, default=128, help="samples a step, of all processes (128)")
+    option("--per-device", type=count, default=16, help="of these at once on a device, at most (16)")
+    option("--length", type=count, default=2048, help="tokens behind which a sample is cut (2048)")
+    option("--lora", action="store_true", help="learn low-rank changes instead, merged at the end")
+    option("--precision", choices=["bf16", "fp32"], default="bf16", help="what is computed in (bf16)")
+    option("--hold-out", type=amount, default=0, metavar="N", help="samples kept for a final evaluation (0)")
+    option("--seed", type=amount, default=0)
+    option("--workers", type=amount, default=min(4, (os.cpu_count() or 1) - 1), help="that read pictures")
+    option("--save-every", type=count, default=500, metavar="N", help="steps between two saves (500)")
+    option("--vision-tower", metavar="DIR|ID", help="in the place of the one that CHECKPOINT names")
+    option("--resume", action="store_true", help="go on with an interrupted run, if there is one")
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it tells of every file that it writes
     try:
         Run(parser.parse_args(arguments)).run()
@@ -440,6 +459,14 @@ def amount(text: str, least: int = 0) -> int:
     """For argparse, whose complaint names the function: a whole number."""
     number = int(text)
     if number < least:
+        raise ValueError
+    return number
+
+
+def positive(text: str) -> float:
+    """The same: a number above zero."""
+    number = float(text)
+    if not 0 < number < math.inf:
         raise ValueError
     return number
 

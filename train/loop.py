@@ -62,7 +62,10 @@ class Step:
 
 
 class Curve:
-    """A run's curve, one JSON line at a time, and on a terminal its progress."""
+    """A run's curve, one JSON line at a time, and on a terminal its progress.
+
+    A line's `minutes` are those since this process began; `step` and the counts are of the whole run.
+    """
 
     def __init__(
         self, path: Path | None, counts: Mapping[str, int] | None = None, *, every: float = 0.0

@@ -140,11 +140,11 @@ def build_model(tokenizer: Tokenizer, size: str, seed: int) -> LlavaForCondition
         hidden_size=HIDDEN,
         intermediate_size=512,
         num_hidden_layers=SIZES[size],
-        # half of a head's 48 dimensions hardly turn within the context, and have room for kinds and colours
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
         max_position_embeddings=512,
-        rope_theta=1e6,  # half of a head's dimensions hardly turn within the context: they hold content
+        # half of a head's 48 dimensions hardly turn within the context, and have room for kinds and colours
+        rope_theta=1e6,
         tie_word_embeddings=True,
         initializer_range=0.05,
         bos_token_id=tokenizer.token_to_id("<s>"),

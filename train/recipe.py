@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -490,6 +491,7 @@ def draw_trees(count: int, seed: int) -> None:
     features = np.lib.format.open_memmap(
         RUNS / "features.npy", "w+", np.float16, (count * VIEWS, nano.GRID**2, config.hidden_size)
     )
+    torch.save(tower.state_dict(), RUNS / "features.pt")  # whose they are, whatever becomes of tower.pt
     trees: list[Tree] = []
     drawn = Trees(seed * 1_000_000 + 500_000, pixels=True)
     for batch in DataLoader(drawn, batch_size=TREES, collate_fn=list, **BESIDE):
@@ -548,7 +550,7 @@ def train_dialogues(size: str, minutes: float, seed: int, resume: bool) -> None:
         symbols.load_state_dict(state["symbols"])
     else:
         take_over(model, torch.load(RUNS / "nano.pt")["model"])
-    model.model.vision_tower.load_state_dict(torch.load(RUNS / "tower.pt")["tower"])
+    model.model.vision_tower.load_state_dict(torch.load(RUNS / "features.pt"))
     symbols.requires_grad_(False)
     projector = model.model.multi_modal_projector
     trees = Kept(seed + scenes_seen)
@@ -589,8 +591,11 @@ def save(size: str) -> None:
 def load(size: str) -> None:
     """Take a checkpoint back into `RUNS`, where the later stages find its tower and its decoder.
 
-    The heads that the tower was trained with are not in a checkpoint: `tower` cannot go on from one.
+    The heads that the tower was trained with are not in a checkpoint: `tower` cannot go on from one, and a
+    tower that is there is not replaced.
     """
+    if (RUNS / "tower.pt").exists():
+        sys.exit(f"{RUNS} holds a tower already, expected none")
     model = LlavaForConditionalGeneration.from_pretrained(CHECKPOINTS / size, dtype=torch.float32)
     torch.save({"samples": 0, "tower": model.model.vision_tower.state_dict()}, RUNS / "tower.pt")
     torch.save({"samples": 0, "model": model.state_dict()}, RUNS / f"{size}.pt")
@@ -604,7 +609,8 @@ if __name__ == "__main__":
     parser.add_argument("--size", choices=nano.SIZES, default="nano", help="for dialogues, save, load (nano)")
     parser.add_argument("--minutes", type=float, default=20, help="how long to train (20)")
     parser.add_argument("--scenes", type=int, default=10_000, help="how many trees draws (10,000)")
-    parser.add_argument("--seed", type=int, default=1)
+    # of a million scenes each: those from `scenes.HELD_OUT` on no training sees
+    parser.add_argument("--seed", type=int, default=1, choices=range(scenes.HELD_OUT // 1_000_000))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", action="store_true", help="go on from the stage's last save")
     arguments = parser.parse_args()

@@ -200,7 +200,7 @@ class Rows(Dataset[Row]):
         own = convert(Box(*box, "original"), manifest.coordinates, width, height, manifest.image)
         return (manifest.box or BoxFormat()).write(*own.corners)
 
-    def _turns(self, sample: Sample, box: str) -> tuple[Question, list[Turn]]:
+    def _turns(self, sample: Sample, box: str) -> tuple[Question | None, list[Turn]]:
         """The protocol's turns in the checkpoint's words; of any other conversation, its own."""
         prompts = self.manifest.prompts
         if question := sample.question():
@@ -211,7 +211,7 @@ class Rows(Dataset[Row]):
             shown = f"{prompts.image}\n" * human.count(MARK)  # in front, as LLaVA does
             text = shown + human.replace(MARK, "").strip()
             turns.append(Turn(text, box if box and i == 0 else reply))
-        return Question("{Q}", "{T}"), turns  # what looks like a field in a conversation stays as it is
+        return None, turns
 
     def collate(self, rows: Sequence[Row]) -> Part:
         """One part of `rows`, of which there may be none."""

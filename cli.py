@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO, cast, get_args
 
 import typer
 from typer.core import TyperCommand
@@ -373,12 +373,18 @@ _Save = Annotated[bool, typer.Option("--save", help="Keep the result under bench
 _Plot = Annotated[Path | None, typer.Option(metavar="OUT", help="Draw the result: OUT.svg or OUT.png.")]
 
 
+_Benchmark = Literal["textvqa", "gqa-mcq", "seed", "mmbench", "pope", "scenes", "scenes-unseen"]
+
+
 class _RayCommand(TyperCommand):
     """A command whose `--ray` may stand without its ADDRESS, which typer knows no option for."""
 
+    def _is_address(self, word: str) -> bool:
+        return not word.startswith("-") and word not in get_args(_Benchmark)
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         at = args.index("--ray") + 1 if "--ray" in args else 0
-        if at and (at == len(args) or args[at].startswith("-")):
+        if at and (at == len(args) or not self._is_address(args[at])):
             args = [*args[:at], "local", *args[at:]]
         return super().parse_args(ctx, args)
 
@@ -386,7 +392,7 @@ class _RayCommand(TyperCommand):
 @app.command("eval", cls=_RayCommand)
 def evaluate(
     benchmark: Annotated[
-        Literal["textvqa", "gqa-mcq", "seed", "mmbench", "pope", "scenes", "scenes-unseen"],
+        _Benchmark,
         typer.Argument(
             metavar="BENCHMARK",
             help="textvqa, gqa-mcq, seed, mmbench, pope; or scenes, drawn ones, and scenes-unseen, laid out "
@@ -449,19 +455,21 @@ def evaluate(
         else:
             with _needs_train("eval scenes"):
                 from dualfocus.bench import scenes
-            asked, limit = scenes.benchmark(limit or 2000, unseen=benchmark == "scenes-unseen"), None
+            limit = limit or 2000
+            begun = len(out.read_bytes().splitlines()) if out is not None and out.is_file() else 0
+            asked = scenes.benchmark(max(limit, begun), unseen=benchmark == "scenes-unseen")
         if out is not None:
             _check_writable("--out", out)
 
-        def ask(open: Sequence[questions.Asked]) -> Iterable[Line]:
+        def ask(todo: Sequence[questions.Asked]) -> Iterable[Line]:
             if ray is not None:
                 from dualfocus.bench import cluster
 
                 return cluster.ask_all(
-                    ray, run, open, bundle=bundle, device=device, target=manifest.target, threads=threads
+                    ray, run, todo, bundle=bundle, device=device, target=manifest.target, threads=threads
                 )
             model = Bundle.open(bundle or BUILT_IN, device=device, threads=threads)
-            return accuracy.ask_all(FocusRunner(model), run, open)
+            return accuracy.ask_all(FocusRunner(model), run, todo)
 
         try:
             with Answers(out, run) as answers, _progress() as watch:

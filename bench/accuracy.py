@@ -130,7 +130,7 @@ def summarise(benchmark: Benchmark, answers: Answers, limit: int | None) -> dict
         "questions": len(scores),
         "of": benchmark.size,
         "accuracy": {group: _row(of) for group, of in members.items() if of},
-        "yes_no": judged or None,
+        "yes_no": judged,
         "boxes": None if answers.run.mode == "macro" else _boxes(asked, told),
         "chosen": dict(Counter(of["chosen"] for of in told)),
         "fallbacks": sum(of["fallback"] is not None for of in told),
@@ -196,6 +196,7 @@ def run(
 ) -> dict[str, Any]:
     """Answer what is not answered yet, and the JSON object of it all; raises InputError as both do."""
     answer_all(benchmark, answers, ask, limit, watch)
+    answers.arrange(asked.key for asked in benchmark.questions)
     mode = answers.run.mode
     name = benchmark.name if mode == "dual" else f"{benchmark.name}-{mode}"
     return harness.header(name, threads, manifest=manifest) | summarise(benchmark, answers, limit)
@@ -244,6 +245,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
 
 def markdown(*results: Mapping[str, Any]) -> str:
     """README's table of results in dual mode: of one, all its rows; of several, what they have in common."""
+    assert all(result["mode"] == "dual" for result in results)
     several = len(results) > 1
     passes = ("macro", "micro", "dual", "oracle")
     rows = [[*(["model"] if several else []), "", "questions", *passes, "dual - macro"]]

@@ -1,5 +1,7 @@
 """The answers of a run as a JSONL file: appended one by one, and gone on with after whatever ended the run.
 
+A run that asks many machines appends them as they come; once all are there they are in the questions' order.
+
 A line is LLaVA's ``{question_id, prompt, text, answer_id, model_id, metadata}``, so that the published
 scripts can read it. Of `metadata`, ``benchmark``, ``mode`` and ``bundle`` say which run it is of, and the
 rest what both passes said: ``macro`` and ``micro`` (null where there was none), ``chosen``, ``fallback``,
@@ -14,6 +16,7 @@ import json
 import os
 import time
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ METADATA = {
     "benchmark", "mode", "bundle", "macro", "micro", "chosen", "fallback", "box", "crop", "size", "losses",
     "confidence", "ms", "picture",
 }  # fmt: skip
+BEGIN = b'{"question_id": '  # of every line that `Run.line` makes
 SYNC_AFTER = 1.0  # seconds: a kill loses no answer, a power cut those of a second
 
 
@@ -126,12 +130,30 @@ class Answers:
                 self._synced = time.monotonic()
         self.lines[key] = line
 
+    def arrange(self, keys: Iterable[Key]) -> None:
+        """Put the answers, all of which are of `keys`, into their order, also in the file: no more follow.
+
+        Published scripts pair a benchmark's lines with its answers by their order.
+        """
+        ordered = {key: self.lines[key] for key in keys if key in self.lines}
+        assert len(ordered) == len(self.lines)
+        if self.path is not None and list(ordered) != list(self.lines):
+            aside = self.path.with_name(f".{self.path.name}.new")
+            with aside.open("wb") as file:
+                file.writelines((json.dumps(line) + "\n").encode() for line in ordered.values())
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(self.path)
+        self.lines = ordered
+
     def _take(self, path: Path, file: int) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{path} is being written by another process") from None
-        whole, end, _ = path.read_bytes().rpartition(b"\n")
+        whole, end, cut = path.read_bytes().rpartition(b"\n")
+        if not cut.startswith(BEGIN[: len(cut)]):
+            raise InputError(f"{path}: its last line is not an answer that `dualfocus eval` wrote")
         for number, text in enumerate((whole + end).splitlines(), 1):
             where = f"{path}, line {number}"
             line = self._check(where, text)

@@ -72,12 +72,16 @@ def ask_all(
             compute=ray.data.ActorPoolStrategy(size=min(count, len(rows))),
             **({"num_gpus": 1} if is_gpu else {"num_cpus": threads}),
         )
-        # an answer is handed on when it comes, not with the next
-        for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
-            for problem in filter(None, batch["problem"]):
-                raise InputError(str(problem))
-            for lines in batch["lines"]:
-                yield from json.loads(lines)
+        try:
+            # an answer is handed on when it comes, not with the next
+            for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
+                for problem in filter(None, batch["problem"]):
+                    raise InputError(str(problem))
+                for lines in batch["lines"]:
+                    yield from json.loads(lines)
+        except ray.exceptions.RayError as error:  # a worker that is gone, for want of memory or otherwise
+            reason = str(error).strip().partition("\n")[0]
+            raise InputError(f"--ray {address}: a worker failed: {reason}") from None
 
 
 def places(
@@ -159,4 +163,7 @@ class _Worker:
             ]
         except InputError as error:
             return {"lines": ["[]"], "problem": [str(error)]}
+        except (ImportError, MemoryError, OSError) as error:
+            reason = str(error) or type(error).__name__
+            return {"lines": ["[]"], "problem": [f"a worker on {socket.gethostname()} failed: {reason}"]}
         return {"lines": [json.dumps(lines) for lines in found], "problem": [""] * len(found)}

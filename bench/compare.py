@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 CONDITIONS = ("processor", "cores", "isa", "governor", "memory", "threads", "spin", "environment", "system")
 NAMES = ("peer", "precision", "part", "ours")  # what tells rows of a list from each other
+CENTRES = ("median", "share", "mean")  # of a timing, of answers that are right, of pairs' differences
 SKIPPED = ("schema", "machine", "timeline", "rounds", "share")  # not measured, or parts of what is
 
 
@@ -54,13 +55,13 @@ def run(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _figures(value: Any, name: str = "") -> Iterator[tuple[str, Mapping[str, float]]]:
-    """All figures by where they stand: a timing's are its fields, any other is the median of itself."""
+    """All figures by where they stand: centre and interval, or a figure that is its own centre."""
     if isinstance(value, Mapping):
-        timed = {"median", "low", "high"} <= value.keys()
-        if timed:
-            yield name, {key: value[key] for key in ("median", "low", "high")}
+        centre = next((key for key in CENTRES if {key, "low", "high"} <= value.keys()), None)
+        if centre is not None:
+            yield name, {"median": value[centre], "low": value["low"], "high": value["high"]}
         for key, of in value.items():
-            ours = timed and key in ("median", "low", "high", "p5", "p95")
+            ours = centre is not None and key in (centre, "low", "high", "p5", "p95")
             if not ours and key not in SKIPPED:
                 yield from _figures(of, f"{name} / {key}" if name else key)
     elif isinstance(value, list):
@@ -116,4 +117,4 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     for which in ("old", "new"):
         if names := result[f"only_{which}"]:
             console.print(f"only in the {which} one: {', '.join(names)}", markup=False)
-    console.print("changed: the quartiles of both runs are apart", style="dim")
+    console.print("changed: the intervals of both runs are apart", style="dim")

@@ -17,23 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from dualfocus.bench import harness
 from dualfocus.bench.harness import Watch
-from dualfocus.bench.scenes import GLOBAL, held_out
+from dualfocus.bench.scenes import GROUPS, asked
 from dualfocus.bench.scorers import share
 from dualfocus.runtime import Bundle, FocusRunner
-from dualfocus.runtime.image import Picture
 from dualfocus.runtime.scheduler import ALL
-from dualfocus.train import scenes
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 THRESHOLDS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
 RUN = (0.5, 0.9, 0.99)  # those that are run too
-GROUPS = {"all": None, "detail": ("detail",), "global": GLOBAL}  # categories; None: of any
 
 
 @dataclass(frozen=True)
@@ -87,12 +82,8 @@ def _ask_all(bundle: Bundle, limit: int, watch: Watch) -> list[Outcome]:
     runners = {p: FocusRunner(bundle, skip_above=p, savings=first) for p in (None, 0.0, 1.0, *RUN)}
     ways = list(runners)
     outcomes = []
-    latest: tuple[int, Picture] | None = None
-    for i, (scene, dialogue) in enumerate(held_out(limit)):
+    for i, (picture, dialogue) in enumerate(asked(limit)):
         watch("asking", i, limit)
-        if latest is None or latest[0] != scene.seed:
-            latest = scene.seed, np.asarray(scenes.draw(scene))
-        picture = latest[1]
         if i == 0:  # not timed: first calls are slower
             for runner in runners.values():
                 runner.ask(picture, dialogue.question)
@@ -113,11 +104,7 @@ def _ask_all(bundle: Bundle, limit: int, watch: Watch) -> list[Outcome]:
 def _summary(outcomes: Sequence[Outcome], replies: Sequence[Reply]) -> dict[str, Any]:
     accuracy = {}
     for group, categories in GROUPS.items():
-        right = [
-            r.right
-            for o, r in zip(outcomes, replies, strict=True)
-            if not categories or o.category in categories
-        ]
+        right = [r.right for o, r in zip(outcomes, replies, strict=True) if o.category in categories]
         if right:
             accuracy[group] = share(sum(right), len(right))
     times = [reply.ms for reply in replies]

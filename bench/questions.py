@@ -15,7 +15,6 @@ before anything is asked.
 from __future__ import annotations
 
 import base64
-import binascii
 import csv
 import itertools
 import json
@@ -153,6 +152,8 @@ def _textvqa(data: Path) -> Benchmark:
     for entry in _fields(annotations, _json(annotations))("data", list):
         of = _fields(annotations, entry)
         given = tuple(of("answers", list))
+        if not all(isinstance(answer, str) for answer in given):
+            raise InputError(f"{annotations}: its answers are {given!r:.40}, expected texts")
         answers[of("image_id", str), of("question", str).lower()] = given
     questions = []
     for where, entry in _lines(path):
@@ -193,7 +194,8 @@ def _seed(data: Path) -> Benchmark:
     path = _find(data, "seed_bench", "llava-seed-bench-image.jsonl", "llava-seed-bench.jsonl")
     annotations = _find(data, "seed_bench", "SEED-Bench.json")
     known = _fields(annotations, _json(annotations))
-    names = {number: name for name, number in known("question_type", dict).items()}
+    kind_of = _fields(f"{annotations}, question_type", known("question_type", dict))
+    names = {kind_of(name, int): name for name in known("question_type", dict)}
     told: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
     for entry in known("questions", list):
         of = _fields(annotations, entry)
@@ -221,7 +223,7 @@ def _mmbench(data: Path) -> Benchmark:
         of = _fields(where, row)
         index, answer, text, encoded = (of(name, str) for name in ("index", "answer", "question", "image"))
         options = tuple(itertools.takewhile(bool, (_cell(row, name) for name in "ABCD")))
-        if not index.isdecimal() or answer not in tuple("ABCD")[: len(options)]:
+        if not index.isdecimal() or len(index) > 18 or answer not in tuple("ABCD")[: len(options)]:
             raise InputError(
                 f"{where}: its index is {index!r:.20} and its answer {answer!r:.20}, "
                 f"expected a number and the letter of one of its {len(options)} options"
@@ -229,13 +231,13 @@ def _mmbench(data: Path) -> Benchmark:
         if encoded not in pictures:
             try:
                 pictures[encoded] = Encoded(base64.b64decode(encoded, validate=True))
-            except binascii.Error as error:
+            except ValueError as error:  # binascii's is one
                 raise InputError(f"{where}: its image is not in base64: {error}") from None
         context = _cell(row, "hint")
         lettered = [f"{name}. {option}" for name, option in zip("ABCD", options, strict=False)]
         whole = "\n".join([*filter(None, [context]), text, *lettered, LETTER_HINT])
         groups = tuple(filter(None, [_cell(row, "l2-category") or _cell(row, "category")]))
-        question, id = Question(text, whole, options, context, MMBENCH), int(index)
+        question, id = _question(where, text, whole, options, context, MMBENCH), int(index)
         asked = Asked(id, question, pictures[encoded], (answer,), groups, id % ROTATION)
         rotations.setdefault(id % ROTATION, []).append(asked)
     if all(len(of) == 1 for of in rotations.values()):
@@ -308,7 +310,14 @@ def _choice(where: str, first_line: str, options: Sequence[str], whole: str, wor
     if len(options) < 2:
         raise InputError(f"{where}: the question has {len(options)} options, expected lines such as 'A. …'")
     # as the published scripts do: without looking, the letter, a point and a space
-    return Question(first_line, whole, tuple(option[3:] for option in options), wording=wording)
+    return _question(where, first_line, whole, tuple(option[3:] for option in options), "", wording)
+
+
+def _question(where: str, *parts: Any) -> Question:
+    try:
+        return Question(*parts)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, str | None]]]:

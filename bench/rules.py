@@ -17,22 +17,19 @@ import numpy as np
 
 from dualfocus.bench import harness
 from dualfocus.bench.harness import Watch
-from dualfocus.bench.scenes import GLOBAL, held_out
+from dualfocus.bench.scenes import GROUPS, asked
 from dualfocus.bench.scorers import paired, share
 from dualfocus.runtime import Bundle, FocusRunner
-from dualfocus.runtime.image import Picture
 from dualfocus.runtime.result import Answer, Pass
-from dualfocus.train import scenes
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 GATE = 0.9  # the confidence above which the macro answer stands
-GROUPS = {"detail": ("detail",), "global": GLOBAL, "all": None}  # categories; None: of any
 
 
 @dataclass(frozen=True)
-class Asked:
+class Judged:
     """A question's two answers: whether they are right, how sure they were, and what both losses choose."""
 
     category: str
@@ -44,7 +41,7 @@ class Asked:
     answer: Pass
 
     @classmethod
-    def of(cls, category: str, expected: str, macro: Answer, micro: Answer | None, **chosen: Pass) -> Asked:
+    def of(cls, category: str, expected: str, macro: Answer, micro: Answer | None, **chosen: Pass) -> Judged:
         """Without a micro answer, the macro answer stands for it."""
         said: dict[Pass, Answer] = {"macro": macro, "micro": micro or macro}
         return cls(
@@ -58,14 +55,14 @@ class Asked:
 
 
 # which pass's answer is taken; None: none is
-RULES: dict[str, Callable[[Asked], Pass | None]] = {
+RULES: dict[str, Callable[[Judged], Pass | None]] = {
     "always macro": lambda a: "macro",
     "always micro": lambda a: "micro",
     "reference": lambda a: a.reference,
     "answer-only": lambda a: a.answer,
     f"gate {GATE}": lambda a: "macro" if a.confidence["macro"] > GATE else a.reference,
     "the surer one": lambda a: "micro" if a.confidence["micro"] > a.confidence["macro"] else "macro",
-    "agreement": lambda a: "micro" if a.agree else None,
+    "agreement": lambda a: "micro" if a.agree and a.located else None,
     "oracle": lambda a: "macro" if a.right["macro"] else "micro",
 }
 
@@ -83,41 +80,38 @@ def run(
     `threads` and `spin` are the opened bundle's.
     """
     runners = {rule: FocusRunner(bundle, select=rule) for rule in ("reference", "answer")}
-    asked: list[Asked] = []
-    latest: tuple[int, Picture] | None = None
-    for i, (scene, dialogue) in enumerate(held_out(limit)):
+    judged: list[Judged] = []
+    for i, (picture, dialogue) in enumerate(asked(limit)):
         watch("asking", i, limit)
-        if latest is None or latest[0] != scene.seed:
-            latest = scene.seed, np.asarray(scenes.draw(scene))
-        results = {rule: runner.ask(latest[1], dialogue.question) for rule, runner in runners.items()}
+        results = {rule: runner.ask(picture, dialogue.question) for rule, runner in runners.items()}
         chosen = {rule: result.chosen for rule, result in results.items()}
         macro, micro = results["reference"].macro, results["reference"].micro
         assert macro is not None
-        asked.append(Asked.of(dialogue.category, dialogue.answer, macro, micro, **chosen))
+        judged.append(Judged.of(dialogue.category, dialogue.answer, macro, micro, **chosen))
     return harness.header("rules", threads, spin=spin, manifest=bundle.manifest) | {
         "questions": limit,
         "gate": GATE,
-        "rules": {name: _worth(rule, asked) for name, rule in RULES.items()},
+        "rules": {name: _worth(rule, judged) for name, rule in RULES.items()},
     }
 
 
-def _worth(rule: Callable[[Asked], Pass | None], asked: Sequence[Asked]) -> dict[str, Any]:
-    taken = [rule(a) for a in asked]
-    right = [bool(name and a.right[name]) for name, a in zip(taken, asked, strict=True)]
+def _worth(rule: Callable[[Judged], Pass | None], judged: Sequence[Judged]) -> dict[str, Any]:
+    taken = [rule(a) for a in judged]
+    right = [bool(name and a.right[name]) for name, a in zip(taken, judged, strict=True)]
     accuracy, gain = {}, {}
     for group, categories in GROUPS.items():
-        of = [i for i, a in enumerate(asked) if not categories or a.category in categories]
+        of = [i for i, a in enumerate(judged) if a.category in categories]
         if of:
             accuracy[group] = share(sum(right[i] for i in of), len(of))
-            gain[group] = paired([right[i] - asked[i].right[asked[i].reference] for i in of])
+            gain[group] = paired([right[i] - judged[i].right[judged[i].reference] for i in of])
     answered = sum(name is not None for name in taken)
     return {
-        "answered": answered / len(asked),
+        "answered": answered / len(judged),
         "right_of_answered": share(sum(right), answered) if answered else None,
         "micro": sum(
-            name == "micro" and a.located and not a.agree for name, a in zip(taken, asked, strict=True)
+            name == "micro" and a.located and not a.agree for name, a in zip(taken, judged, strict=True)
         )
-        / len(asked),
+        / len(judged),
         "accuracy": accuracy,
         "gain": gain,
     }

@@ -8,17 +8,18 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
 from dualfocus.bench import scorers
-from dualfocus.bench.questions import Asked, Benchmark
+from dualfocus.bench.questions import POPE, Asked, Benchmark
 from dualfocus.runtime.image import Picture
 from dualfocus.train import curate, scenes
 from dualfocus.train.curate import Dialogue
 
-POPE = ("random", "popular", "adversarial")
 CATEGORIES = (
     "detail",
     "attribute",
@@ -29,6 +30,7 @@ CATEGORIES = (
     *(f"pope {s}" for s in POPE),
 )
 GLOBAL = ("attribute", "position", "count", "existence")  # what the whole picture can answer
+GROUPS = {"detail": ("detail",), "global": GLOBAL, "all": CATEGORIES}  # what accuracies are told of
 
 
 def held_out(questions: int, *, unseen: bool = False) -> list[tuple[scenes.Scene, Dialogue]]:
@@ -40,12 +42,21 @@ def held_out(questions: int, *, unseen: bool = False) -> list[tuple[scenes.Scene
     seed = scenes.HELD_OUT
     while len(found) < questions:
         scene = scenes.layout(seed, unseen=unseen)
-        asked = curate.dialogues(scenes.annotate(scene, 0)) + [pope(scene, setting) for setting in POPE]
+        every = curate.dialogues(scenes.annotate(scene, 0)) + [pope(scene, setting) for setting in POPE]
         for category in CATEGORIES:
-            of = [d for d in asked if d.category == category]
+            of = [d for d in every if d.category == category]
             found += [(scene, d) for d in of[seed % len(of) :][:1]] if of else []
         seed += 1
     return found[:questions]
+
+
+def asked(questions: int) -> Iterator[tuple[Picture, Dialogue]]:
+    """The same questions with their scenes' pictures, each drawn once."""
+    for _, of in groupby(held_out(questions), key=lambda one: one[0].seed):
+        dialogues = list(of)
+        picture = np.asarray(scenes.draw(dialogues[0][0]))
+        for _, dialogue in dialogues:
+            yield picture, dialogue
 
 
 def pope(scene: scenes.Scene, setting: str) -> Dialogue:
@@ -85,14 +96,14 @@ class Drawn:
 def benchmark(limit: int, *, unseen: bool = False) -> Benchmark:
     """The first `limit` questions of `held_out`; an id is the scene's seed and a number within the scene."""
     questions: list[Asked] = []
-    asked: Counter[int] = Counter()  # by scene
+    before: Counter[int] = Counter()  # in the same scene
     for scene, dialogue in held_out(limit, unseen=unseen):
         category, answer = dialogue.category, dialogue.answer
         # counts and absent things lie in no one region
         one_region = category in ("detail", "attribute", "position") or answer == "yes"
         questions.append(
             Asked(
-                f"{scene.seed}-{asked[scene.seed]}",
+                f"{scene.seed}-{before[scene.seed]}",
                 dialogue.question,
                 Drawn(scene),
                 (answer,),
@@ -100,7 +111,7 @@ def benchmark(limit: int, *, unseen: bool = False) -> Benchmark:
                 region=dialogue.box if one_region else None,
             )
         )
-        asked[scene.seed] += 1
+        before[scene.seed] += 1
     yes_no = tuple(f"pope {setting}" for setting in POPE)
     name = "scenes-unseen" if unseen else "scenes"
     return Benchmark(name, questions, scorers.exact, (*CATEGORIES, "global"), yes_no)

@@ -305,14 +305,14 @@ def said(text: str, probability: float) -> Answer:
         (("A", 0.8), ("B", 0.5), "macro", "micro", "A B A B A A - B"),
         (("A", 0.8), ("B", 0.5), "micro", "macro", "A B B A B A - B"),
         (("B", 0.8), ("B", 0.5), "macro", "macro", "B B B B B B B B"),
-        # no region: the macro answer stands for both
-        (("B", 0.8), None, "macro", "macro", "B B B B B B B B"),
+        # no region: the macro answer stands for both, which is no agreement
+        (("B", 0.8), None, "macro", "macro", "B B B B B B - B"),
     ],
 )
 def test_each_rule_takes_its_answer(
     macro: tuple[str, float], micro: tuple[str, float] | None, reference: Pass, answer: Pass, taken: str
 ) -> None:
-    asked = rules.Asked.of(
+    asked = rules.Judged.of(
         "count", "B", said(*macro), said(*micro) if micro else None, reference=reference, answer=answer
     )
     texts = {"macro": macro[0], "micro": (micro or macro)[0], None: "-"}

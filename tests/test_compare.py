@@ -68,6 +68,15 @@ def test_rows_are_compared_by_their_medians_and_quartiles(old: dict[str, Any], n
     assert compare.run(touching | {"x": 0}, touching | {"x": 3})["rows"]["x"]["ratio"] is None
 
 
+def test_shares_of_right_answers_are_compared(old: dict[str, Any]) -> None:
+    def share(right: float) -> dict[str, Any]:
+        return {"accuracy": {"share": right, "low": right - 0.1, "high": right + 0.1}}
+
+    rows = compare.run(old | share(0.5), old | share(0.75))["rows"]
+    assert rows["accuracy"] == {"old": 0.5, "new": 0.75, "ratio": 1.5, "timed": True, "changed": True}
+    assert not compare.run(old | share(0.5), old | share(0.625))["rows"]["accuracy"]["changed"]
+
+
 def test_rows_of_a_list_go_by_their_names(old: dict[str, Any]) -> None:
     rows = [
         {"peer": peer, "precision": "int8", "decode": timing(ms, 0)} for peer, ms in (("a", 2.0), ("b", 3.0))

@@ -491,7 +491,9 @@ def test_the_command_says_what_it_did(drawn: Path, tmp_path: Path) -> None:
     result = run("--visual-genome", drawn, "-o", tmp_path / "out", "--images", tmp_path)
     assert "has no pictures" in result.stdout
     assert not (tmp_path / "out" / "samples.png").exists()
-    assert "expected a new or an empty folder" in refused(run("--visual-genome", drawn, "-o", tmp_path / "out"))
+    assert "expected a new or an empty folder" in refused(
+        run("--visual-genome", drawn, "-o", tmp_path / "out")
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -64,6 +65,7 @@ def written(path: Path) -> dict[str, Line]:
     [
         (["scenes", "--ray"], "local"),
         (["--ray", "--limit", "1", "scenes"], "local"),
+        (["--ray", "scenes"], "local"),
         (["scenes", "--ray", "auto"], "auto"),
         (["scenes", "--ray=head:6379"], "head:6379"),
         (["scenes"], None),
@@ -97,6 +99,13 @@ def test_without_ray(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     said = refused(CliRunner().invoke(cli.app, ["eval", "scenes", "--limit", "1", "--ray"]))
     assert said == "dualfocus: --ray needs ray: pip install 'dualfocus[cpu,ray]'\n"
+
+
+def test_what_a_worker_lacks_is_a_sentence(tmp_path):
+    batch = {"questions": [b"cdualfocus.nowhere\nname\n."]}  # a pickle of what is not installed there
+    answered = cluster._Worker(RUN, None, "cpu", 1)(batch)
+    assert answered["lines"] == ["[]"]
+    assert f"a worker on {socket.gethostname()} failed: No module named" in answered["problem"][0]
 
 
 def test_a_workers_gpu_is_rays_choice():
@@ -212,7 +221,9 @@ def test_a_driver_that_was_ended_is_gone_on_with(tmp_path, end):
     before = out.read_bytes()
     assert 3 <= before.count(b"\n") < many
     assert finished(Driver(out, *given))["questions"] == many
-    assert out.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
+    assert {*before[: before.rindex(b"\n")].split(b"\n")} <= {*out.read_bytes().split(b"\n")}
+    order = [json.loads(line)["question_id"] for line in out.read_text().splitlines()]
+    assert order == [of.id for of in questions]
     assert written(out) == expected
 
 

@@ -252,7 +252,7 @@ def test_nano_in_float16_says_what_it_says_in_float32(tmp_path: Path) -> None:
             if theirs.loss is not None:
                 losses += 1
                 assert ours.loss == pytest.approx(theirs.loss, abs=LOSS)
-    assert losses > 10
+    assert losses >= 8
 
 
 def test_only_float16_is_for_a_device(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_a_question_costs_what_the_counters_predict(bundle: Bundle) -> None:
             assert event.macro.loss is not None
             assert got.tokens_accepted < got.tokens_drafted
             departed += 1
-    assert departed > 5
+    assert departed >= 4  # of the questions about details at least
 
 
 def test_the_picture_is_prefilled_once(bundle: Bundle) -> None:

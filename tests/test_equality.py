@@ -142,7 +142,7 @@ def test_all_savings_together(pairs: int, rule: SelectRule, capsys: pytest.Captu
     if pairs == 500:
         with capsys.disabled():
             print(f"\nall savings, {rule}: {tally}")
-    assert tally.losses > pairs / 4  # some passes disagreed, so that there was something to choose
+    assert tally.losses > pairs / 8  # some passes disagreed, so that there was something to choose
     assert min(tally.chosen.values()) > 0
 
 

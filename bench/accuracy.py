@@ -60,7 +60,7 @@ def answer_all(
                 f"{answers.path} answers the question {key[0]!r}, {key[1]!r:.60}, "
                 f"which is not among the {len(known):,} of {benchmark.name}"
             )
-    asked = benchmark.first(limit)
+    asked = list({asked.key: asked for asked in benchmark.first(limit)}.values())
     todo = [of for of in asked if of.key not in answers.lines]
     gone = [
         f.path

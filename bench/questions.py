@@ -111,18 +111,17 @@ class Benchmark:
     rule: scorers.Rule
     groups: tuple[str, ...] = ()  # the rows of its table, in order; one of all questions follows
     yes_no: tuple[str, ...] = ()  # those of yes-and-no questions, which POPE's rule and figures are for
-    ids_repeat: bool = False  # TextVQA's are those of the pictures
+    ids_repeat: bool = False  # TextVQA's, of its pictures: a question asked twice counts twice
 
     def __post_init__(self) -> None:
-        """Raises InputError where two questions cannot be told apart, or there are none."""
+        """Raises InputError where two questions have one id that should not, or there are none."""
         if not self.questions:
             raise InputError(f"{self.name}: the file of questions is empty")
         seen: set[object] = set()
         for asked in self.questions:
-            id = asked.key if self.ids_repeat else asked.id
-            if id in seen:
+            if asked.id in seen and not self.ids_repeat:
                 raise InputError(f"{self.name}: two questions have the id {asked.id!r}, expected one")
-            seen.add(id)
+            seen.add(asked.id)
 
     def first(self, limit: int | None) -> list[Asked]:
         """The questions of the first `limit` units, None for all."""
@@ -155,7 +154,7 @@ def _textvqa(data: Path) -> Benchmark:
         if not all(isinstance(answer, str) for answer in given):
             raise InputError(f"{annotations}: its answers are {given!r:.40}, expected texts")
         answers[of("image_id", str), of("question", str).lower()] = given
-    questions = []
+    questions: list[Asked] = []
     for where, entry in _lines(path):
         of = _fields(where, entry)
         id, text = of("question_id", str), of("text", str)
@@ -165,7 +164,8 @@ def _textvqa(data: Path) -> Benchmark:
                 f"{annotations} has {len(found)} answers to question {id}, {text.split(chr(10))[0]!r}, "
                 "expected 10"
             )
-        questions.append(Asked(id, text, _picture(path, "train_images", of("image", str)), found))
+        picture = _picture(path, "train_images", of("image", str))
+        questions.append(Asked(id, text, picture, found, base=len(questions)))
     return Benchmark("textvqa", questions, scorers.textvqa, ids_repeat=True)
 
 
@@ -223,10 +223,11 @@ def _mmbench(data: Path) -> Benchmark:
         of = _fields(where, row)
         index, answer, text, encoded = (of(name, str) for name in ("index", "answer", "question", "image"))
         options = tuple(itertools.takewhile(bool, (_cell(row, name) for name in "ABCD")))
-        if not index.isdecimal() or len(index) > 18 or answer not in tuple("ABCD")[: len(options)]:
+        # an answer behind an option that reads "None" can only be missed, as in the published scripts
+        if not index.isdecimal() or len(index) > 18 or answer not in tuple("ABCD") or not options:
             raise InputError(
-                f"{where}: its index is {index!r:.20} and its answer {answer!r:.20}, "
-                f"expected a number and the letter of one of its {len(options)} options"
+                f"{where}: its index is {index!r:.20}, its answer {answer!r:.20} and its options "
+                f"{len(options)}, expected a number, one of A to D, and at least one"
             )
         if encoded not in pictures:
             try:
@@ -307,8 +308,8 @@ def _picture(beside: Path, folder: str, name: str) -> File:
 
 
 def _choice(where: str, first_line: str, options: Sequence[str], whole: str, wording: Wording) -> Question:
-    if len(options) < 2:
-        raise InputError(f"{where}: the question has {len(options)} options, expected lines such as 'A. …'")
+    if not options:
+        raise InputError(f"{where}: the question has no options, expected lines such as 'A. …'")
     # as the published scripts do: without looking, the letter, a point and a space
     return _question(where, first_line, whole, tuple(option[3:] for option in options), "", wording)
 

@@ -260,13 +260,19 @@ def test_the_recipe_runs_from_nothing_to_bundles(tmp_path: Path, monkeypatch: py
         assert (bundle.manifest.name, bundle.manifest.decoder.layers) == (size, layers)
         result = FocusRunner(bundle).ask(np.asarray(scenes.draw(scene)), "Is there a red star?")
         assert result.macro is not None
-    with pytest.raises(SystemExit, match="holds a tower already"):
+    with pytest.raises(SystemExit, match="holds a nano already"):
         recipe.load("nano")
+    (tmp_path / "nano.pt").unlink()
+    torch.save({"tower": NanoVisionModel(NanoVisionConfig()).state_dict()}, tmp_path / "tower.pt")
+    with pytest.raises(SystemExit, match=r"holds another tower than .*nano, expected the same or none"):
+        recipe.load("nano")
+    assert not (tmp_path / "nano.pt").exists()
 
 
 def test_a_checkpoint_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe, "RUNS", tmp_path)
     recipe.load("nano")
+    recipe.load("nano-s")  # which shares the tower
     recipe.draw_trees(2 * recipe.TREES, 1)
     kept = load_file(recipe.CHECKPOINTS / "nano" / "model.safetensors")
     loaded = torch.load(tmp_path / "nano.pt")["model"]

@@ -591,13 +591,17 @@ def save(size: str) -> None:
 def load(size: str) -> None:
     """Take a checkpoint back into `RUNS`, where the later stages find its tower and its decoder.
 
-    The heads that the tower was trained with are not in a checkpoint: `tower` cannot go on from one, and a
-    tower that is there is not replaced.
+    The heads that the tower was trained with are not in a checkpoint: `tower` cannot go on from one. What is
+    there already is not replaced; other sizes can follow, since they share the tower.
     """
-    if (RUNS / "tower.pt").exists():
-        sys.exit(f"{RUNS} holds a tower already, expected none")
     model = LlavaForConditionalGeneration.from_pretrained(CHECKPOINTS / size, dtype=torch.float32)
-    torch.save({"samples": 0, "tower": model.model.vision_tower.state_dict()}, RUNS / "tower.pt")
+    tower, path = model.model.vision_tower.state_dict(), RUNS / "tower.pt"
+    if (RUNS / f"{size}.pt").exists():
+        sys.exit(f"{RUNS} holds a {size} already, expected none")
+    if not path.exists():
+        torch.save({"samples": 0, "tower": tower}, path)
+    elif any(not torch.equal(value, tower[name]) for name, value in torch.load(path)["tower"].items()):
+        sys.exit(f"{RUNS} holds another tower than {CHECKPOINTS / size}, expected the same or none")
     torch.save({"samples": 0, "model": model.state_dict()}, RUNS / f"{size}.pt")
 
 

@@ -349,11 +349,13 @@ def annotate(scene: Scene, image_id: int) -> dict[str, dict[str, Any]]:
                 ask("relation", question, says, [i, where], i)
 
     pairs = {(t.colour, t.kind) for t in scene.things}
+    shown = {word for pair in pairs for word in pair}
+    absent = [(colour, kind) for kind in KINDS for colour in COLOURS if (colour, kind) not in pairs]
     for i, thing in enumerate(scene.things):  # absent, but most often like something present
-        near = [(thing.colour, kind) for kind in KINDS] + [(colour, thing.kind) for colour in COLOURS]
-        if rng.random() < 0.3:
-            near = [(colour, kind) for kind in KINDS for colour in COLOURS]
-        colour, kind = rng.choice([pair for pair in near if pair not in pairs])
+        near = [pair for pair in absent if thing.colour in pair or thing.kind in pair]
+        # both words fit, each another object: what a model that sees parts and not things takes to be there
+        parted = [pair for pair in near if shown.issuperset(pair)]
+        colour, kind = rng.choice(rng.choices((absent, near, parted or near), (0.3, 0.35, 0.35))[0])
         ask("existence", f"Is there a {colour} {kind}?", "no", [], i)
     xs, ys = [thing.x for thing in scene.things], [thing.y for thing in scene.things]
     for name, places, last in (

@@ -50,8 +50,8 @@ def answer_all(
 ) -> None:
     """Have every question answered that is not yet, of the first `limit`.
 
-    Raises InputError, before anything is asked, where `answers` holds what is not of these questions or of
-    these pictures, or where a picture is missing.
+    Raises InputError, before anything is asked, where `answers` holds what is not of these questions, where
+    the picture of its last answer is another one by now, or where one is missing.
     """
     known = {asked.key: asked for asked in benchmark.questions}
     for key in answers.lines:

@@ -16,7 +16,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,18 @@ from dualfocus.runtime.result import Answer, Mode
 
 Line = dict[str, Any]
 
-FIELDS = {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
+FIELDS = {
+    "question_id": str | int,
+    "prompt": str,
+    "text": str,
+    "answer_id": str,
+    "model_id": str,
+    "metadata": dict,
+}
 METADATA = {
-    "benchmark", "mode", "bundle", "macro", "micro", "chosen", "fallback", "box", "crop", "size", "losses",
-    "confidence", "ms", "picture",
+    "benchmark": str, "mode": str, "bundle": str, "macro": str | None, "micro": str | None, "chosen": str,
+    "fallback": str | None, "box": list | None, "crop": list | None, "size": list, "losses": list,
+    "confidence": list, "ms": int | float, "picture": str,
 }  # fmt: skip
 BEGIN = b'{"question_id": '  # of every line that `Run.line` makes
 SYNC_AFTER = 1.0  # seconds: a kill loses no answer, a power cut those of a second
@@ -138,12 +146,13 @@ class Answers:
         ordered = {key: self.lines[key] for key in keys if key in self.lines}
         assert len(ordered) == len(self.lines)
         if self.path is not None and list(ordered) != list(self.lines):
-            aside = self.path.with_name(f".{self.path.name}.new")
+            path = self.path.resolve()  # a link stays one
+            aside = path.with_name(f".{path.name}.new")
             with aside.open("wb") as file:
                 file.writelines((json.dumps(line) + "\n").encode() for line in ordered.values())
                 file.flush()
                 os.fsync(file.fileno())
-            aside.replace(self.path)
+            aside.replace(path)
         self.lines = ordered
 
     def _take(self, path: Path, file: int) -> None:
@@ -163,22 +172,27 @@ class Answers:
                     f"{where} answers the question {key[0]!r} again, expected one answer to each"
                 )
             self.lines[key] = line
-        os.ftruncate(file, len(whole + end))
+        if cut:
+            os.ftruncate(file, len(whole + end))
 
     def _check(self, where: str, text: bytes) -> Line:
         try:
             line: Line = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where} is not JSON: {error}") from None
-        metadata = line.get("metadata") if isinstance(line, dict) else None
-        if not isinstance(metadata, dict) or FIELDS - line.keys() or METADATA - metadata.keys():
+        if not _has(line, FIELDS) or not _has(metadata := line["metadata"], METADATA):
             raise InputError(f"{where} is not an answer that `dualfocus eval` wrote")
-        if not isinstance(line["question_id"], str | int) or not isinstance(line["prompt"], str):
-            raise InputError(f"{where}: its question_id or prompt is no text or number")
         found = Run(metadata["benchmark"], metadata["mode"], line["model_id"], metadata["bundle"])
         if found != self.run:
             raise InputError(f"{where} is of {_words(found)}, expected {_words(self.run)}")
         return line
+
+
+def _has(entry: object, kinds: Mapping[str, Any]) -> bool:
+    """Whether it is an object with all these fields, of these types."""
+    return isinstance(entry, dict) and all(
+        name in entry and isinstance(entry[name], kind) for name, kind in kinds.items()
+    )
 
 
 def _words(run: Run) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from dualfocus.bench import harness
 from dualfocus.bench.harness import Watch
-from dualfocus.bench.scenes import GROUPS, asked
+from dualfocus.bench.scenes import GROUPS, asked, is_right
 from dualfocus.bench.scorers import share
 from dualfocus.runtime import Bundle, FocusRunner
 from dualfocus.runtime.scheduler import ALL
@@ -93,7 +93,7 @@ def _ask_all(bundle: Bundle, limit: int, watch: Watch) -> list[Outcome]:
             begin = time.perf_counter()
             result = runners[way].ask(picture, dialogue.question)
             ms = 1e3 * (time.perf_counter() - begin)
-            replies[way] = Reply(result.answer == dialogue.answer, result.skipped, ms)
+            replies[way] = Reply(is_right(dialogue, result.answer), result.skipped, ms)
             if way is None:
                 assert result.macro is not None
                 confidence = result.macro.generation.confidence

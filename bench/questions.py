@@ -26,7 +26,7 @@ from typing import Any, Protocol
 from dualfocus.bench import scorers
 from dualfocus.runtime import InputError, Question, open_picture
 from dualfocus.runtime.image import Picture
-from dualfocus.runtime.turns import GQA_MCQ, MMBENCH, SEED, Wording, letter
+from dualfocus.runtime.turns import GQA_MCQ, MMBENCH, SEED, Wording
 
 Key = tuple[str | int, str]  # what tells questions apart: the id, and the whole question
 
@@ -34,6 +34,7 @@ LETTER_HINT = "Answer with the option's letter from the given choices directly."
 ROTATION = 1_000_000  # MMBench: what the ids of a question's rotations are apart
 # pandas, with which the published scripts read MMBench, takes these for nothing; so do they "nan" and "none"
 _NOTHING = {"", "null", "NULL", "NA", "N/A", "n/a", "<NA>", "#NA", "#N/A", "#N/A N/A", "-nan", "-NaN"}
+_NOTHING |= {f"{sign}1.#{kind}" for sign in ("", "-") for kind in ("IND", "QNAN")}
 
 
 class Source(Protocol):
@@ -95,11 +96,9 @@ class Asked:
 
     def final(self, said: str) -> str:
         """What of a pass's answer is compared: where it names an option, that."""
-        options = () if isinstance(self.question, str) else self.question.options
-        named = letter(said, options) if options else None
-        if named is None:
+        if isinstance(self.question, str) or (named := self.question.letter(said)) is None:
             return said
-        return options[ord(named) - ord("A")] if self.spelled else named
+        return self.question.options[ord(named) - ord("A")] if self.spelled else named
 
 
 @dataclass(frozen=True)
@@ -164,8 +163,9 @@ def _textvqa(data: Path) -> Benchmark:
                 f"{annotations} has {len(found)} answers to question {id}, {text.split(chr(10))[0]!r}, "
                 "expected 10"
             )
+        question = _question(where, text.split("\n")[0], text)  # as they stand, which `parse` would strip
         picture = _picture(path, "train_images", of("image", str))
-        questions.append(Asked(id, text, picture, found, base=len(questions)))
+        questions.append(Asked(id, question, picture, found, base=len(questions)))
     return Benchmark("textvqa", questions, scorers.textvqa, ids_repeat=True)
 
 
@@ -276,7 +276,8 @@ def _pope(data: Path) -> Benchmark:
         found = labels.get((category, image, first_line))
         if found is None:
             raise InputError(f"coco_pope_{category}.json has no label for question {id} of {path}")
-        questions.append(Asked(id, text, _picture(path, "val2014", image), (found,), (category,)))
+        question = _question(where, text.split("\n")[0], text)
+        questions.append(Asked(id, question, _picture(path, "val2014", image), (found,), (category,)))
     return Benchmark("pope", questions, scorers.pope, POPE, POPE)
 
 
@@ -291,8 +292,8 @@ READERS: Mapping[str, Callable[[Path], Benchmark]] = {
 
 def _find(data: Path, folder: str, *names: str) -> Path:
     """The first of `names` in `data`, or in its `folder`; a pattern has to fit one file alone."""
-    for place in (data, data / folder):
-        for name in names:
+    for name in names:
+        for place in (data, data / folder):
             found = sorted(place.glob(name))
             if len(found) > 1:
                 listed = ", ".join(path.name for path in found)
@@ -325,7 +326,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str | None]]]:
     """The rows of a TSV file with its columns' names, each with where it stands."""
     csv.field_size_limit(1 << 30)  # a picture is one field
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             for number, row in enumerate(csv.DictReader(file, delimiter="\t"), 1):
                 yield f"{path}, row {number}", row
     except (csv.Error, UnicodeDecodeError) as error:
@@ -342,7 +343,7 @@ def _json(path: Path) -> dict[str, Any]:
     """A JSON file's object."""
     try:
         found = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise InputError(f"{path} holds a {type(found).__name__}, expected an object")
@@ -356,7 +357,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
             if line.strip():
                 try:
                     yield f"{path}, line {number}", json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise InputError(f"{path}, line {number} is not JSON: {error}") from None
 
 

@@ -17,10 +17,11 @@ import numpy as np
 
 from dualfocus.bench import harness
 from dualfocus.bench.harness import Watch
-from dualfocus.bench.scenes import GROUPS, asked
+from dualfocus.bench.scenes import GROUPS, asked, is_right
 from dualfocus.bench.scorers import paired, share
 from dualfocus.runtime import Bundle, FocusRunner
 from dualfocus.runtime.result import Answer, Pass
+from dualfocus.train.curate import Dialogue
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,12 +42,12 @@ class Judged:
     answer: Pass
 
     @classmethod
-    def of(cls, category: str, expected: str, macro: Answer, micro: Answer | None, **chosen: Pass) -> Judged:
+    def of(cls, dialogue: Dialogue, macro: Answer, micro: Answer | None, **chosen: Pass) -> Judged:
         """Without a micro answer, the macro answer stands for it."""
         said: dict[Pass, Answer] = {"macro": macro, "micro": micro or macro}
         return cls(
-            category,
-            {name: answer.text == expected for name, answer in said.items()},
+            dialogue.category,
+            {name: is_right(dialogue, answer.text) for name, answer in said.items()},
             {name: answer.generation.confidence for name, answer in said.items()},
             macro.text == said["micro"].text,
             micro is not None,
@@ -87,7 +88,7 @@ def run(
         chosen = {rule: result.chosen for rule, result in results.items()}
         macro, micro = results["reference"].macro, results["reference"].micro
         assert macro is not None
-        judged.append(Judged.of(dialogue.category, dialogue.answer, macro, micro, **chosen))
+        judged.append(Judged.of(dialogue, macro, micro, **chosen))
     return harness.header("rules", threads, spin=spin, manifest=bundle.manifest) | {
         "questions": limit,
         "gate": GATE,

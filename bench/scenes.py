@@ -20,15 +20,8 @@ from dualfocus.runtime.image import Picture
 from dualfocus.train import curate, scenes
 from dualfocus.train.curate import Dialogue
 
-CATEGORIES = (
-    "detail",
-    "attribute",
-    "position",
-    "count",
-    "existence",
-    "relation",
-    *(f"pope {s}" for s in POPE),
-)
+YES_NO = tuple(f"pope {setting}" for setting in POPE)
+CATEGORIES = ("detail", "attribute", "position", "count", "existence", "relation", *YES_NO)
 GLOBAL = ("attribute", "position", "count", "existence")  # what the whole picture can answer
 GROUPS = {"detail": ("detail",), "global": GLOBAL, "all": CATEGORIES}  # what accuracies are told of
 
@@ -93,6 +86,12 @@ class Drawn:
         return np.asarray(scenes.draw(self.scene))
 
 
+def is_right(dialogue: Dialogue, said: str) -> bool:
+    """Whether an answer is right, by the rule of its question's category."""
+    rule = scorers.pope if dialogue.category in YES_NO else scorers.exact
+    return rule(said, (dialogue.answer,)) == 1
+
+
 def benchmark(limit: int, *, unseen: bool = False) -> Benchmark:
     """The first `limit` questions of `held_out`; an id is the scene's seed and a number within the scene."""
     questions: list[Asked] = []
@@ -112,6 +111,5 @@ def benchmark(limit: int, *, unseen: bool = False) -> Benchmark:
             )
         )
         before[scene.seed] += 1
-    yes_no = tuple(f"pope {setting}" for setting in POPE)
     name = "scenes-unseen" if unseen else "scenes"
-    return Benchmark(name, questions, scorers.exact, (*CATEGORIES, "global"), yes_no)
+    return Benchmark(name, questions, scorers.exact, (*CATEGORIES, "global"), YES_NO)

@@ -126,7 +126,9 @@ def paired(differences: Sequence[float]) -> dict[str, float]:
 
 
 def iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of two boxes (x0, y0, x1, y1)."""
+    """Intersection over union of two boxes (x0, y0, x1, y1); an inverted or empty one fits nothing."""
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     inside = max(0.0, width) * max(0.0, height)
+    if not inside:
+        return 0.0
     return inside / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inside)

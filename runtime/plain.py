@@ -49,7 +49,6 @@ class PlainRunner:
         manifest = self._bundle.manifest
         turns = Turns(manifest, self._bundle.tokenizer, question)
         turns.check_length(macro_only=mode == "macro")
-        options = turns.question.options
         clock, counters = StageClock(), Counters()
         model = _Model(self._bundle, picture, counters)
         crops = {"whole": whole(picture)}
@@ -62,7 +61,7 @@ class PlainRunner:
 
         if mode != "micro":
             enter("macro")
-            macro = Answer.of(model.generate(turns.macro("whole"), crops), options)
+            macro = Answer.of(model.generate(turns.macro("whole"), crops), turns.question)
         if mode != "macro":
             if box_reply is None:
                 enter("locate")
@@ -79,11 +78,11 @@ class PlainRunner:
                 except QuestionError as error:  # a reply can take more tokens than when it was said
                     region = Region(region.box, None, str(error))
                 else:
-                    micro = Answer.of(model.generate(prompt, crops), options, micro_answer)
+                    micro = Answer.of(model.generate(prompt, crops), turns.question, micro_answer)
             if macro is None and micro is None:
                 enter("macro")
-                macro = Answer.of(model.generate(turns.macro("whole"), crops), options)
-            texts = candidates(macro, micro, options)
+                macro = Answer.of(model.generate(turns.macro("whole"), crops), turns.question)
+            texts = candidates(macro, micro, turns.question.options)
             if macro and micro and texts:
                 enter("select")
                 with suppress(QuestionError):  # no room to score what was said: the macro answer stands

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from dualfocus.runtime.geometry import Box, Crop, Region
-from dualfocus.runtime.turns import letter
+from dualfocus.runtime.turns import Question
 
 Mode = Literal["dual", "macro", "micro"]
 Pass = Literal["macro", "micro"]
@@ -46,13 +46,13 @@ class Answer:
     def of(
         cls,
         generation: Generation,
-        options: Sequence[str],
+        question: Question,
         finish: Callable[[str], str] = str,
         loss: float | None = None,
     ) -> Answer:
-        """A reply as an answer to a question with `options`; `finish` makes the final text of it."""
+        """A reply as an answer to `question`; `finish` makes the final text of it."""
         text = finish(generation.text)
-        return cls(text, generation, loss, letter(text, options))
+        return cls(text, generation, loss, question.letter(text))
 
 
 @dataclass

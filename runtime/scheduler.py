@@ -84,10 +84,10 @@ class _Asked:
     @property
     def answers(self) -> tuple[Answer | None, Answer | None]:
         """The macro and the micro answer."""
-        macro, micro, options = self.said("macro"), self.said("micro"), self.turns.question.options
+        macro, micro, question = self.said("macro"), self.said("micro"), self.turns.question
         return (
-            Answer.of(macro, options, loss=self.losses[0]) if macro else None,
-            Answer.of(micro, options, micro_answer, self.losses[1]) if micro else None,
+            Answer.of(macro, question, loss=self.losses[0]) if macro else None,
+            Answer.of(micro, question, micro_answer, self.losses[1]) if micro else None,
         )
 
     @property

@@ -53,19 +53,24 @@ class Wording:
     """The turns that a benchmark's script words in its own way, for models that know `DUALFOCUS`' table.
 
     Beside {Q} and {T}, {C} is the question's context and {CQ} the question behind it. `history` is the
-    locate turn as the later ones remember it, `candidate` what is scored of an {answer}.
+    locate turn as the later ones remember it, `candidate` what is scored of an {answer}, and `option` what
+    of each option a reply is compared with.
     """
 
     locate: str = DUALFOCUS.locate
     history: str = DUALFOCUS.locate
     select: str = DUALFOCUS.select
     candidate: str = "{answer}"
+    option: str = "{text}"
 
 
 # As the authors' scripts render them, slips included: a select turn ends with a space but in MMBench, whose
-# candidates begin with a second "ASSISTANT:", and a context that is not there reads "nan" in its history.
-SEED = Wording(select=DUALFOCUS.select.replace(":{Q}", ": {Q}"))
-GQA_MCQ = Wording(select="<image>\n{Q}\nAnswer the question using a single word or phrase. ")
+# candidates begin with a second "ASSISTANT:", and a context that is not there reads "nan" in its history; of
+# options MMBench's knows the texts alone, the others' whole lines.
+SEED = Wording(select=DUALFOCUS.select.replace(":{Q}", ": {Q}"), option="{letter}. {text}")
+GQA_MCQ = Wording(
+    select="<image>\n{Q}\nAnswer the question using a single word or phrase. ", option="{letter}. {text}"
+)
 MMBENCH = Wording(
     locate="<image>\n{CQ}\nPlease provide the bounding box coordinate of the region this question asks.",
     history="<image>\n{C}\nPlease provide the bounding box coordinate of the region this question asks: {Q}",
@@ -126,6 +131,23 @@ class Question:
         asked = f"{self.context}\n{self.first_line}" if self.context else self.first_line
         fields = {"{Q}": self.first_line, "{T}": self.whole, "{C}": self.context or "nan", "{CQ}": asked}
         return re.sub(r"\{(?:Q|T|C|CQ)\}", lambda field: fields[field[0]], template)
+
+    def letter(self, reply: str) -> str | None:
+        """The capital letter of the option that `reply` names, None if it names none.
+
+        A reply longer than one character is read as the authors' code does: by its first character where
+        that is one of a to d, else as the first option that contains it or is contained in it, in either
+        case. So of options beyond D, which their benchmarks do not have, "E" is read, and "E. a cat" by its
+        text. A letter that no option has names none, and a small one is the capital: their code fails at
+        both, or counts them as wrong.
+        """
+        named = {chr(ord("A") + at): text for at, text in enumerate(self.options)}
+        said = reply.lower()
+        if said[1:] and said[0] not in "abcd":
+            shown = self.wording.option
+            lines = {of: shown.format(letter=of, text=text).lower() for of, text in named.items()}
+            return next((of for of, line in lines.items() if said in line or line in said), None)
+        return next((of for of in named if of.lower() == said[:1]), None)
 
 
 @dataclass(frozen=True)
@@ -232,22 +254,6 @@ def _too_long(need: int, manifest: Manifest) -> QuestionError:
 def micro_answer(reply: str) -> str:
     """A candidate's final text from the micro pass's reply."""
     return reply.strip("\n").strip(".")
-
-
-def letter(reply: str, options: Sequence[str]) -> str | None:
-    """The capital letter of the option that `reply` names, None if it names none.
-
-    A reply longer than one character is read as the authors' code does: by its first character where that
-    is one of a to d, else as the first option whose text it contains or is contained in, in either case.
-    So of options beyond D, which their benchmarks do not have, "E" is read, and "E. a cat" by its text. A
-    letter that no option has, at which their code fails, names none.
-    """
-    letters = [chr(ord("A") + at) for at in range(len(options))]
-    said = reply.lower()
-    if said[1:] and said[0] not in "abcd":
-        texts = zip(letters, map(str.lower, options), strict=True)
-        return next((name for name, text in texts if said in text or text in said), None)
-    return next((name for name in letters if name.lower() == said[:1]), None)
 
 
 def render(prompts: Prompts, question: Question | None, turns: Sequence[Turn]) -> list[Piece]:

@@ -24,6 +24,7 @@ from dualfocus.runtime import Bundle, FocusRunner
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.errors import InputError
 from dualfocus.runtime.result import Answer, Generation, Pass
+from dualfocus.train.curate import Dialogue
 
 FULL_ROWS = [savings.PLAIN, *(f"+ {saving}" for saving in savings.SAVINGS)]
 ROWS = [*FULL_ROWS, savings.MACRO, savings.SECOND, savings.SEVERAL]
@@ -312,8 +313,9 @@ def said(text: str, probability: float) -> Answer:
 def test_each_rule_takes_its_answer(
     macro: tuple[str, float], micro: tuple[str, float] | None, reference: Pass, answer: Pass, taken: str
 ) -> None:
+    dialogue = Dialogue("How many?", "B", (0, 0, 1, 1), "count")
     asked = rules.Judged.of(
-        "count", "B", said(*macro), said(*micro) if micro else None, reference=reference, answer=answer
+        dialogue, said(*macro), said(*micro) if micro else None, reference=reference, answer=answer
     )
     texts = {"macro": macro[0], "micro": (micro or macro)[0], None: "-"}
     assert [texts[rule(asked)] for rule in rules.RULES.values()] == taken.split()

@@ -166,7 +166,12 @@ def test_one_pass_alone(here: Path) -> None:
 def test_textvqa_has_ten_references_by_picture_and_question(here: Path) -> None:
     asked = questions.read("textvqa", benchmarks.textvqa(here)).questions
     assert [of.references for of in asked] == [(f"right {n}",) * 10 for n in range(4)]
-    assert asked[0].question == f"What is written on sign 0?\nReference OCR token: S, 0\n{benchmarks.SHORT}"
+    first_line, rest = "What is written on sign 0?", f"Reference OCR token: S, 0\n{benchmarks.SHORT}"
+    assert asked[0].question == Question(first_line, f"{first_line}\n{rest}")
+    replace("llava_textvqa_val_v051_ocr.jsonl", "sign 0?", "sign 0? ")(here)
+    replace("TextVQA_0.5.1_val.json", "SIGN 0?", "SIGN 0? ")(here)
+    spaced = questions.read("textvqa", here).questions[0]  # as it stands, in the published scripts too
+    assert spaced.question == Question(f"{first_line} ", f"{first_line} \n{rest}")
 
 
 def test_what_textvqa_asks_twice_is_answered_once_and_counts_twice(here: Path) -> None:
@@ -270,6 +275,8 @@ def move(name: str, to: str) -> Any:
         ("textvqa", replace("TextVQA_0.5.1_val.json", '"right 0", ', ""), "has 9 answers to question 0000"),
         ("textvqa", replace("TextVQA_0.5.1_val.json", "SIGN 3", "SIGN 4"), "has 0 answers"),
         ("textvqa", replace("TextVQA_0.5.1_val.json", "{", "["), "TextVQA_0.5.1_val.json is not JSON"),
+        ("textvqa", replace("TextVQA_0.5.1_val.json", "{", "[" * 100_000), "json is not JSON"),
+        ("pope", replace("llava_pope_test.jsonl", "{", "[" * 100_000), "line 1 is not JSON"),
         ("textvqa", replace("llava_textvqa_val_v051_ocr.jsonl", "}", ""), "line 1 is not JSON"),
         ("textvqa", replace("llava_textvqa_val_v051_ocr.jsonl", '"text"', '"txt"'), "its text is None"),
         ("textvqa", remove("train_images/0000000000000001.jpg"), "1 pictures are missing"),
@@ -301,9 +308,20 @@ def test_several_files_are_told_apart_or_named(here: Path) -> None:
     benchmarks.mmbench(here)
     copy("mmbench_dev_20230712.tsv", "other.tsv")(here)
     assert len(questions.read("mmbench", here).questions) == 5  # one has the official name
+    (here / "mmbench").mkdir()
+    move("mmbench_dev_20230712.tsv", "mmbench/mmbench_dev_20230712.tsv")(here)
+    assert len(questions.read("mmbench", here).questions) == 5  # also where another one is nearer
+    move("mmbench/mmbench_dev_20230712.tsv", "mmbench_dev_20230712.tsv")(here)
     move("mmbench_dev_20230712.tsv", "another.tsv")(here)
     with pytest.raises(InputError, match=r"holds another\.tsv, other\.tsv: expected one of them"):
         questions.read("mmbench", here)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(here: Path) -> None:
+    path = benchmarks.mmbench(here) / "mmbench_dev_20230712.tsv"
+    expected = questions.read("mmbench", here)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert questions.read("mmbench", here) == expected
 
 
 def test_without_rotations_mmbench_has_no_score(here: Path) -> None:
@@ -406,7 +424,10 @@ def test_nothing_answered_leaves_no_file(here: Path) -> None:
         (replace("a.jsonl", '"losses"', '"l"'), "line 1 is not an answer that `dualfocus eval` wrote"),
         (replace("a.jsonl", "{", "7\n{"), "line 1 is not an answer that `dualfocus eval` wrote"),
         (replace("a.jsonl", "{", "{{"), "line 1 is not JSON"),
-        (replace("a.jsonl", '"0000000000000000"', "[]"), "line 1: its question_id or prompt is no text"),
+        (replace("a.jsonl", "{", "[" * 100_000 + "\n{"), "line 1 is not JSON"),
+        (replace("a.jsonl", '"0000000000000000"', "[]"), "line 1 is not an answer that `dualfocus eval`"),
+        (replace("a.jsonl", '"ms": 10.0', '"ms": null'), "line 1 is not an answer that `dualfocus eval`"),
+        (replace("a.jsonl", '"box": null', '"box": 7'), "line 1 is not an answer that `dualfocus eval`"),
     ],
 )
 def test_a_foreign_file_is_refused_and_kept(change: Any, said: str, here: Path) -> None:
@@ -435,6 +456,20 @@ def test_answers_are_found_by_their_questions(here: Path) -> None:
     assert {*path.read_text().splitlines()} >= {line.strip() for line in lines[1:]}
     path.write_text("".join(lines).replace("sign 2", "sign 9"))
     assert "which is not among the 4 of textvqa" in refused(evaluate("textvqa", "--data", here, "-o", path))
+
+
+def test_a_link_to_the_answers_stays_one(here: Path) -> None:
+    benchmarks.textvqa(here / "data")
+    (here / "elsewhere").mkdir()
+    (here / "a.jsonl").symlink_to("elsewhere/b.jsonl")
+    told("textvqa", "--data", here / "data", "-o", "a.jsonl")
+    path = here / "elsewhere" / "b.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(reversed(lines)))
+    told("textvqa", "--data", here / "data", "-o", "a.jsonl")
+    assert (here / "a.jsonl").is_symlink()
+    assert path.read_text() == "".join(lines)
+    assert [*path.parent.iterdir()] == [path]
 
 
 def test_a_limit_can_grow_and_shrink(here: Path) -> None:
@@ -630,7 +665,7 @@ def test_scenes_of_yes_and_no_are_judged_as_pope_is(here: Path, monkeypatch: pyt
         (scene, Dialogue("What is written?", "AB", box, "detail")),
     ]
     monkeypatch.setattr(drawn, "CATEGORIES", ("detail", "pope random", "pope popular"))
-    monkeypatch.setattr(drawn, "POPE", ("random", "popular"))
+    monkeypatch.setattr(drawn, "YES_NO", ("pope random", "pope popular"))
     monkeypatch.setattr(drawn, "held_out", lambda limit, *, unseen: asked[:limit])
     benchmark = drawn.benchmark(3)
     lines = [
@@ -647,6 +682,8 @@ def test_scenes_of_yes_and_no_are_judged_as_pope_is(here: Path, monkeypatch: pyt
     assert summary["yes_no"]["pope random"]["dual"]["recall"] == 1
     assert summary["boxes"]["asked"] == 2  # not of what is not there
     assert summary["boxes"]["iou_50"]["share"] == 1
+    right = [drawn.is_right(of, said) for (_, of), said in zip(asked, ("Yes.", "yes", "ab"), strict=True)]
+    assert right == [True, False, False]
 
 
 def test_pictures_are_read_once_for_neighbours(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

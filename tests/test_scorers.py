@@ -207,3 +207,5 @@ def test_overlap_of_boxes() -> None:
     assert scorers.iou((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)
     assert scorers.iou((0, 0, 1, 1), (2, 2, 3, 3)) == 0
     assert scorers.iou((3, 3, 1, 1), (0, 0, 4, 4)) == 0  # an inverted box fits nothing
+    assert scorers.iou((3, 0, 1, 2), (0, 0, 2, 2)) == 0
+    assert scorers.iou((1, 1, 1, 1), (2, 2, 2, 2)) == 0  # nor does one without an area

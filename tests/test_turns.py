@@ -24,7 +24,6 @@ from dualfocus.runtime.turns import (
     Turn,
     Turns,
     Wording,
-    letter,
     micro_answer,
     render,
 )
@@ -201,6 +200,10 @@ def test_a_manifests_own_prompts_stand(prompts):
     assert ours.select("w", "c", "[0.1]", "a cat") == theirs.select("w", "c", "[0.1]", "a cat")
 
 
+def letter(reply: str, *options: str, wording: Wording = MMBENCH) -> str | None:
+    return Question("Which?", "Which?", options, "", wording).letter(reply)
+
+
 @pytest.mark.parametrize(
     ("reply", "expected"),
     [
@@ -224,18 +227,36 @@ def test_a_manifests_own_prompts_stand(prompts):
     ],
 )
 def test_a_reply_names_an_option(reply, expected):
-    assert letter(reply, ("a cat on a mat", "a red dog on a mat", "fish")) == expected
+    assert letter(reply, "a cat on a mat", "a red dog on a mat", "fish") == expected
 
 
 def test_options_beyond_d_are_named_by_their_letter_alone_or_their_text():
     options = ("one", "two", "three", "four", "five")
-    assert letter("E", options) == letter("e", options) == letter("E. five", options) == "E"
-    assert letter("E.", options) is None
-    assert letter("D", options) == letter("d. two", options) == "D"
+    assert letter("E", *options) == letter("e", *options) == letter("E. five", *options) == "E"
+    assert letter("E.", *options) is None
+    assert letter("D", *options) == letter("d. two", *options) == "D"
+
+
+@pytest.mark.parametrize("wording", [SEED, GQA_MCQ])
+@pytest.mark.parametrize(
+    ("reply", "expected", "of_texts"),
+    [
+        ("left", "A", "A"),
+        ("Left.", None, "A"),  # "a. left" holds no period behind it
+        ("It is on the left", None, "A"),
+        ("(A. left)", "A", "A"),
+        ("left-hand", None, "A"),
+        (". r", "B", None),
+        ("right", "B", "B"),
+    ],
+)
+def test_seed_and_gqa_compare_with_the_options_lines(wording, reply, expected, of_texts):
+    assert letter(reply, "left", "right", wording=wording) == expected
+    assert letter(reply, "left", "right", wording=MMBENCH) == of_texts
 
 
 def test_an_open_questions_reply_names_nothing():
-    assert letter("A", ()) is letter("A cat", ()) is None
+    assert letter("A") is letter("A cat") is None
 
 
 @pytest.mark.parametrize("field", ["first_line", "whole", "context", "options"])

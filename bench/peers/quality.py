@@ -24,7 +24,7 @@ import numpy.typing as npt
 from dualfocus.bench.harness import Watch
 from dualfocus.bench.peers.base import Engines, Precision, Work
 from dualfocus.bench.peers.process import Child, PeerError
-from dualfocus.bench.scenes import held_out
+from dualfocus.bench.scenes import held_out, is_right
 from dualfocus.bench.scorers import share
 from dualfocus.runtime import Bundle, PlainRunner
 from dualfocus.runtime.cache import KVCache
@@ -133,7 +133,7 @@ def _compare(
     features: list[tuple[Floats, Floats]] = []
     for done, ((picture, asked), of) in enumerate(zip(_pictures(len(reference)), reference, strict=True)):
         connection.send((done, len(reference)))
-        right += runner.ask(picture, asked.question).answer == asked.answer
+        right += is_right(asked, runner.ask(picture, asked.question).answer)
         found = _logits(fp32, engines.decoder, picture, asked, of)
         compared += [compare(want, have) for want, have in zip(of.logits, found, strict=True)]
         if engines.vision:

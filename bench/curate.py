@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 LIMIT = 1_500_000_000  # bytes of memory that curating may take
 ROOM = 50_000  # bytes of disk that a picture takes meanwhile
 REGIONS, OBJECTS, QUESTIONS = 54, 38, 17  # a picture's; as in the real data set, on average
+MERGED = 8  # one object of so many became of two, of which attributes still tell; the second's id is
+LATER = 500  # so much higher
 MAPPED, NAMED = 0.7, 0.6  # of the questions have a region, have objects
 FAULTY = 0.01  # of the pictures have a malformed record
 APART = 1000  # pictures between an entry of objects and its place in the other files, at the most
@@ -140,11 +142,13 @@ def _records(picture: int, rng: np.random.Generator, phrases: list[str]) -> dict
     objects: list[dict[str, Any]] = []
     for i, (x, y, w, h) in enumerate(boxes(some(OBJECTS))):
         name = NOUNS[kinds[i]]
-        own = {"synsets": [f"{name}.n.01"], "h": h, "object_id": first + i, "merged_object_ids": []}
+        merged = [] if i % MERGED else [first + i + LATER]
+        own = {"synsets": [f"{name}.n.01"], "h": h, "object_id": first + i, "merged_object_ids": merged}
         objects.append(own | {"names": [name], "w": w, "y": y, "x": x})
     attributes = [
         o | {"attributes": [ADJECTIVES[shades[i]]]} if shades[i] % 2 else o for i, o in enumerate(objects)
     ]
+    attributes += [o | {"object_id": id} for o in attributes for id in o["merged_object_ids"]]
     said = rng.integers(0, len(phrases), REGIONS * 2).tolist()
     regions: list[Any] = [
         {"region_id": first + i, "width": w, "height": h, "image_id": picture, "phrase": phrases[said[i]],

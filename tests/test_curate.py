@@ -42,13 +42,14 @@ def qa(key: int, question: str, answer: str = "Blue.", *named: int, found: tuple
     return {"qa_id": key, "image_id": 1, "question": question, "answer": answer, **objects}
 
 
-# one man, two cars that their colours tell apart, two trees that nothing does
+# one man, two cars that their colours tell apart, two trees that nothing does, and what is seldom meant
 THINGS = [
     thing(11, "man", 10, 10, 40, 60),
     thing(12, "car", 100, 40, 50, 40, "red"),
     thing(13, "Car", 150, 40, 50, 40, "blue"),
     thing(14, "tree", 0, 0, 10, 90),
     thing(15, "tree", 60, 0, 20, 90),
+    *(thing(key, name, 180, 0, 20, 20) for key, name in enumerate(2 * ("color", "picture"), 16)),
 ]
 
 
@@ -101,6 +102,20 @@ def judged(asked: Files, *box: float) -> Dialogue | Drop:
         (qa(5, "What is behind the tree?"), (20, 10, 30, 20), Drop.AMBIGUOUS),
         (qa(5, "What is behind the tree?", "x", 99), (20, 10, 30, 20), Drop.AMBIGUOUS),
         (qa(5, "What is behind the treetop?"), (20, 10, 30, 20), (20, 10, 50, 30)),
+        # what is asked for, and the picture, are no objects, though there are two of each
+        (qa(5, "What color is the man's hat?"), (20, 10, 30, 20), (20, 10, 50, 30)),
+        (qa(5, "What is the color of his hat?"), (20, 10, 30, 20), (20, 10, 50, 30)),
+        (qa(5, "Which color?"), (20, 10, 30, 20), (20, 10, 50, 30)),
+        (qa(5, "What is the man in the picture doing?"), (20, 10, 30, 20), (20, 10, 50, 30)),
+        (qa(5, "What color is in the picture?"), (20, 10, 30, 20), (20, 10, 50, 30)),
+        (qa(5, "What is on the picture?"), (20, 10, 30, 20), Drop.AMBIGUOUS),
+        (qa(5, "Is the color bright?"), (20, 10, 30, 20), Drop.AMBIGUOUS),
+        # of two that are named one is not listed
+        (qa(5, "Is the man by the tree?", "x", 11, 99), (20, 10, 30, 20), Drop.AMBIGUOUS),
+        (qa(5, "Is the man by the car?", "x", 11, 99), (20, 10, 30, 20), Drop.AMBIGUOUS),
+        (qa(5, "Is the man by the dog?", "x", 11, 99), (20, 10, 30, 20), (20, 10, 50, 30)),
+        (qa(5, "What is the man wearing?", "A hat.", 11, found=(99,)), (), Drop.NO_REGION),
+        (qa(5, "What is the man wearing?", "A hat.", 11, found=(99,)), (20, 10, 30, 20), (20, 10, 50, 30)),
         # counts are of several, and what is not there is not one of them
         (qa(5, "How many cars or a car are there?", "2", 12, 13), (), (100, 40, 200, 80)),
         (qa(5, "Is there a green car?", "No."), (20, 10, 30, 20), (20, 10, 50, 30)),
@@ -125,8 +140,9 @@ def test_every_reason_by_hand(asked: Files, box: tuple[float, ...], expected: An
 
 
 def test_answers_end_as_the_runtimes_do() -> None:
-    verdict = judged(qa(5, "What is here?", " St. John. "), 20, 10, 30, 20)
-    assert verdict == Dialogue("What is here?", "St. John", (20, 10, 50, 30), "")
+    for answer in (" St. John. ", "St. John .", ". St. John. ."):
+        verdict = judged(qa(5, "What is here?", answer), 20, 10, 30, 20)
+        assert verdict == Dialogue("What is here?", "St. John", (20, 10, 50, 30), "")
 
 
 @pytest.mark.parametrize(
@@ -145,6 +161,17 @@ def test_what_is_asked_twice_has_to_agree(second: Files, x: float, agrees: bool)
     assert [isinstance(verdict, Dialogue) for _, verdict in curate.judge(records)] == [agrees, agrees]
     if not agrees:
         assert [verdict for _, verdict in curate.judge(records)] == [Drop.TWICE] * 2
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0)])
+def test_all_that_is_asked_again_has_to_agree(order: tuple[int, ...]) -> None:
+    """Both halves agree with the whole, and not with each other."""
+    boxes = [region(1, 20, 10, 40, 20), region(2, 20, 10, 20, 20), region(3, 40, 10, 20, 20)]
+    asked = [qa(key, "What is here?") for key in (5, 6, 7)]
+    mapping = {str(key): boxes[i]["region_id"] for key, i in zip((5, 6, 7), order, strict=True)}
+    records = picture(*asked, regions=boxes, mapping=mapping)
+    assert [verdict for _, verdict in curate.judge(records)] == [Drop.TWICE] * 3
+    assert len(curate.dialogues(picture(*asked[:1], regions=boxes, mapping=mapping))) == 1
 
 
 def test_what_is_absent_has_no_region_to_disagree_about() -> None:
@@ -274,6 +301,27 @@ def test_other_spellings_are_the_same(tmp_path: Path, files: Files) -> None:
     made, statistics = build(tmp_path / "again", files)
     assert made == expected
     assert not any(statistics["malformed"].values())
+
+
+def test_older_attributes_bring_no_second_objects(tmp_path: Path, files: Files) -> None:
+    """v1.4 merged and removed objects which v1.2 of the attributes, the last there is, still lists."""
+    expected, _ = build(tmp_path, files)
+    files["objects"][0]["objects"][0]["merged_object_ids"] = [1011]  # the man's
+    files["attributes"][0]["attributes"][1] = thing(12, "car", 100, 40, 50, 40)  # not called red,
+    files["objects"][0]["objects"][1]["merged_object_ids"] = [1012]
+    files["attributes"][0]["attributes"] += [
+        thing(1011, "man", 12, 12, 40, 60, "tall"),
+        thing(1012, "wheel", 100, 40, 50, 40, "red"),  # but by what was merged into it
+        thing(2011, "man", 90, 10, 40, 60),  # removed
+    ]
+    (tmp_path / "again").mkdir()
+    made, _ = build(tmp_path / "again", files)
+    assert made == expected
+    files["objects"] = []  # then there are only those
+    (tmp_path / "without").mkdir()
+    made, statistics = build(tmp_path / "without", files)
+    assert made == []
+    assert statistics["dropped"][Drop.AMBIGUOUS] == 3  # which man?
 
 
 def test_archives_are_read(tmp_path: Path, files: Files) -> None:

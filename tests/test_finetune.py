@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -487,6 +488,43 @@ def test_a_killed_run_goes_on(data: Path, tmp_path: Path) -> None:
     _same(tmp_path / "whole", out)
 
 
+@pytest.mark.parametrize(("limit", "within"), [(0.5, "state"), (1.2, "state"), (0.5, "checkpoint")])
+def test_a_full_disk_is_said_and_gone_on_from(
+    limit: float,
+    within: str,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No room for the weights, for the optimiser's moments, which are twice as large, for the checkpoint."""
+    more = ["--lr", "1e-3", "--epochs", "2", "--save-every", "3"]
+    finetune.main(command(data, tmp_path / "whole", *more, batch=2))
+    size = (tmp_path / "whole" / "model.safetensors").stat().st_size
+    if within == "checkpoint":
+        monkeypatch.setattr(loop, "save_state", lambda *_: None)
+    given = command(data, tmp_path / "out", *more, batch=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit * size), hard))
+    _alone_now()
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            finetune.main(given)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    said = f"{within} could not be written, is the disk full? "
+    assert said in last
+    assert last.partition(said)[2]  # in the words of what failed
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    _alone_now()
+    finetune.main([*given, "--resume"])
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "out")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def _environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
@@ -617,10 +655,10 @@ def test_a_file_without_samples_is_refused(tmp_path: Path, content: str, said: s
         samples.read(tmp_path / "file.json", tmp_path)
 
 
-@pytest.mark.parametrize("lr", ["-2e-5", "nan", "inf", "0"])
-def test_a_learning_rate_is_above_zero(data: Path, tmp_path: Path, lr: str) -> None:
+@pytest.mark.parametrize("option", ["--lr=-2e-5", "--lr=nan", "--lr=inf", "--lr=0", f"--seed={1 << 63}"])
+def test_a_number_that_cannot_be_is_refused(data: Path, tmp_path: Path, option: str) -> None:
     with pytest.raises(SystemExit) as stopped:
-        finetune.main(command(data, tmp_path / "out", f"--lr={lr}"))
+        finetune.main(command(data, tmp_path / "out", option))
     assert stopped.value.code == 2
 
 

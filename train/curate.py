@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
+from itertools import combinations
 from typing import Any, NamedTuple
-
-from dualfocus.runtime.turns import micro_answer
 
 Box = tuple[float, float, float, float]
 Records = Mapping[str, Any]  # a picture's entry of every Visual Genome file, by file name without ".json"
@@ -23,6 +22,12 @@ Records = Mapping[str, Any]  # a picture's entry of every Visual Genome file, by
 WHOLE = 0.9  # of the picture's area: a box from here on points at nothing
 INSIDE = 0.5  # of a box's own area: with less of it inside, the box is not this picture's
 _WORD = re.compile(r"\w+")
+# What a question asks for, and the picture it is about, are often objects' names too: no object is meant.
+_FRAME = re.compile(
+    r" (what|which) (colou?r|kind|type|sort|shape|material|pattern|time|side|part)s?(?= )"
+    r"| the (colou?r|kind|type|sort|shape|material|pattern|time|side|part)s?(?= of )"
+    r"| (in|of) (the|this) (picture|photo|photograph|image|scene|background|foreground)(?= )"
+)
 _ANY = (" this ", " that ", " it ", " object ", " thing ", " item ")  # words that fit whatever there is
 
 
@@ -32,7 +37,7 @@ class Drop(StrEnum):
     The last three are `train.dataset`'s.
     """
 
-    NO_REGION = "no region and no object with a box"
+    NO_REGION = "neither a region nor a box for each named object"
     AMBIGUOUS = "the asked object is there more than once"
     EMPTY = "box without an area"
     APART = "region that touches none of the named objects"
@@ -62,10 +67,9 @@ def dialogues(records: Records) -> list[Dialogue]:
 def judge(records: Records) -> list[tuple[int, Dialogue | Drop]]:
     """Every question of one picture, by its qa_id: its dialogue, or why there is none.
 
-    The region is the one `qa_to_region_mapping` names, else what holds the objects that `q_objects` and
-    `a_objects` name; it is clipped to the picture. Of `attributes`, which hold what `objects` do, come
-    the picture's objects; the other files read are `image_data`, `region_descriptions` and
-    `question_answers`.
+    The region is the one `qa_to_region_mapping` names, else what holds all objects that `q_objects` and
+    `a_objects` name; it is clipped to the picture. The picture's objects, with their attributes, are those
+    of `attributes`; the other files read are `image_data`, `region_descriptions` and `question_answers`.
     """
     things = _Things(records["attributes"]["attributes"])
     regions = {r["region_id"]: r for r in records["region_descriptions"]["regions"]}
@@ -74,11 +78,12 @@ def judge(records: Records) -> list[tuple[int, Dialogue | Drop]]:
     asked: dict[str, list[int]] = {}
     for qa in records["question_answers"]["qas"]:
         key, said = qa["qa_id"], _words(qa["question"])
-        answer = micro_answer(qa["answer"].strip())  # as the runtime ends one
+        answer = qa["answer"].strip(". \t\r\n")  # as the runtime ends one
         region = regions.get(mapping.get(str(key)))
-        named = [place for o in (*qa["q_objects"], *qa["a_objects"]) if (place := things.box(o))]
+        objects = *qa["q_objects"], *qa["a_objects"]
+        named = [place for o in objects if (place := things.box(o))]
         box: Box | Drop
-        if region is None and not named:
+        if region is None and len(named) < max(len(objects), 1):  # the answer may be where the box is missing
             box = Drop.NO_REGION
         elif things.ambiguous(qa["q_objects"], said, answer):
             box = Drop.AMBIGUOUS
@@ -137,14 +142,15 @@ class _Things:
     def ambiguous(self, named: Sequence[Mapping[str, Any]], said: str, answer: str) -> bool:
         """True where the question's words point at an asked object and at another one too.
 
-        Where the annotations do not name what is asked about, it is what the question names; but a count
-        is of several, and what is not there can be mistaken for nothing.
+        Where the annotations do not name what is asked about, or name what they do not list, it is what the
+        question names; but a count is of several, and what is not there can be mistaken for nothing.
         """
         if said.startswith(" how many "):
             return False
         asked = [self._by_id[o["object_id"]] for o in named if o["object_id"] in self._by_id]
-        if not asked and not _absent(said, answer):
-            asked = [thing for thing in self._all for name in thing.names if name in said]
+        if len(asked) < max(len(named), 1) and not _absent(said, answer):
+            said_of_things = _FRAME.sub("", said)
+            asked += [thing for thing in self._all for name in thing.names if name in said_of_things]
         return any(self._fitting(said, thing) > 1 for thing in asked)
 
     def _fitting(self, said: str, asked: _Thing) -> int:
@@ -208,12 +214,11 @@ def _agree(said: str, same: Sequence[Any]) -> bool:
 
     What is not there has no region of its own, so that only the answers can disagree.
     """
-    first = same[0]
-    if any(other.answer.lower() != first.answer.lower() for other in same):
+    if len({one.answer.lower() for one in same}) > 1:
         return False
-    return _absent(said, first.answer) or all(
-        3 * _shared(first.box, other.box) >= sum(_shared(box, box) for box in (first.box, other.box))
-        for other in same
+    return _absent(said, same[0].answer) or all(
+        3 * _shared(a.box, b.box) >= _shared(a.box, a.box) + _shared(b.box, b.box)
+        for a, b in combinations(same, 2)
     )
 
 

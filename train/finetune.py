@@ -315,7 +315,7 @@ class Run:
         file, settings = self.folder / "run.json", self.settings()
         if file.exists():
             for name, value in json.loads(file.read_text()).items():
-                if (now := settings[name]) != value:
+                if (now := settings.get(name)) != value:
                     raise InputError(
                         f"{self.folder} was begun with {name} {value!r:.12}, "
                         f"expected the same, got {now!r:.12}"
@@ -381,7 +381,8 @@ class Run:
         aside = self.folder / "checkpoint"
         shutil.rmtree(aside, ignore_errors=True)
         weights = tuned(self.checkpoint, state, trained)
-        save_checkpoint(self.checkpoint, self.source, self.manifest, weights, aside)
+        with loop.writing(aside):
+            save_checkpoint(self.checkpoint, self.source, self.manifest, weights, aside)
         shutil.copyfile(self.folder / "curve.jsonl", aside / "curve.jsonl")
         out: Path = self.arguments.out
         aside.replace(out)
@@ -436,7 +437,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     option("--lora", action="store_true", help="learn low-rank changes instead, merged at the end")
     option("--precision", choices=["bf16", "fp32"], default="bf16", help="what is computed in (bf16)")
     option("--hold-out", type=amount, default=0, metavar="N", help="samples kept for a final evaluation (0)")
-    option("--seed", type=amount, default=0)
+    option("--seed", type=seed, default=0)
     option("--workers", type=amount, default=min(4, (os.cpu_count() or 1) - 1), help="that read pictures")
     option("--save-every", type=count, default=500, metavar="N", help="steps between two saves (500)")
     option("--vision-tower", metavar="DIR|ID", help="in the place of the one that CHECKPOINT names")
@@ -467,6 +468,14 @@ def positive(text: str) -> float:
     """The same: a number above zero."""
     number = float(text)
     if not 0 < number < math.inf:
+        raise ValueError
+    return number
+
+
+def seed(text: str) -> int:
+    """The same: a whole number that torch takes."""
+    number = amount(text)
+    if number >= 1 << 63:
         raise ValueError
     return number
 

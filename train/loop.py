@@ -12,7 +12,8 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dualfocus.runtime.errors import InputError
@@ -178,13 +180,27 @@ def fit(
             return
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise InputError where weights cannot be written to `path`, as on a disk that is full."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:  # torch's and safetensors' words for an OSError
+        why = str(error).strip().splitlines()[0]
+        raise InputError(f"{path} could not be written, is the disk full? {why}") from None
+
+
 def save_state(accelerator: Accelerator, folder: Path, done: int, counts: Mapping[str, int]) -> None:
-    """Write what a run needs to go on behind step `done`, whole or not at all, in the place of the last."""
+    """Write what a run needs to go on behind step `done`, whole or not at all, in the place of the last.
+
+    InputError where it cannot be written: the last one is still there.
+    """
     aside = folder / ".state"
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside))
+    with writing(aside):
+        accelerator.save_state(str(aside))
     if accelerator.is_main_process:
         (aside / "counts.json").write_text(json.dumps(counts))
     accelerator.wait_for_everyone()

@@ -165,13 +165,10 @@ class Annotations:
         takes them; an `image_data` of None if the picture is not listed there."""
         get = self._spool.get
         for picture in sorted(self._spool.keys("question_answers")):
-            things = {o["object_id"]: o for o in get("objects", picture) or ()}
-            for said in get("attributes", picture) or ():
-                things[said["object_id"]] = said | things.get(said["object_id"], {})
             questions = sorted(get("question_answers", picture), key=itemgetter("qa_id"))
             records = {
                 "image_data": get("image_data", picture),
-                "attributes": {"attributes": list(things.values())},
+                "attributes": {"attributes": _joined(get("objects", picture), get("attributes", picture))},
                 "region_descriptions": {"regions": get("region_descriptions", picture) or ()},
                 "question_answers": {"qas": questions},
                 MAPPING: self._mapped([qa["qa_id"] for qa in questions]),
@@ -189,6 +186,25 @@ class Annotations:
 
     def close(self) -> None:
         self._spool.close()
+
+
+def _joined(objects: list[Entry] | None, attributes: list[Entry] | None) -> list[Entry]:
+    """A picture's objects with what `attributes` says of them.
+
+    The two files are of different versions: v1.4 of `objects` merged and removed many that v1.2, which is
+    the last of `attributes`, still lists. Those are no second objects, but a merged one's attributes hold
+    of the one it became. Only where a picture's `objects` are missing do `attributes` stand for them.
+    """
+    if objects is None:
+        return attributes or []
+    joined = {o["object_id"]: {**o} for o in objects}
+    became = {old: o["object_id"] for o in objects for old in o.get("merged_object_ids", ())}
+    for said in attributes or ():
+        key = said["object_id"]
+        if more := said.get("attributes"):
+            of = joined.get(key) or joined.get(became.get(key, key), {})
+            of["attributes"] = [*of.get("attributes", ()), *more]
+    return list(joined.values())
 
 
 def _find(folder: Path) -> dict[str, _File]:

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 LIMIT = 1_500_000_000  # bytes of memory that curating may take
 ROOM = 50_000  # bytes of disk that a picture takes meanwhile
 REGIONS, OBJECTS, QUESTIONS = 54, 38, 17  # a picture's; as in the real data set, on average
-MERGED = 8  # one object of so many became of two, of which attributes still tell; the second's id is
-LATER = 500  # so much higher
+MERGED = 8  # one object of so many was merged from two; attributes still list the second,
+LATER = 500  # whose id is so much higher
 MAPPED, NAMED = 0.7, 0.6  # of the questions have a region, have objects
 FAULTY = 0.01  # of the pictures have a malformed record
 APART = 1000  # pictures between an entry of objects and its place in the other files, at the most

@@ -65,8 +65,8 @@ class Wording:
 
 
 # As the authors' scripts render them, slips included: a select turn ends with a space but in MMBench, whose
-# candidates begin with a second "ASSISTANT:", and a context that is not there reads "nan" in its history; of
-# options MMBench's knows the texts alone, the others' whole lines.
+# candidates begin with a second "ASSISTANT:", and a context that is not there reads "nan" in its history.
+# MMBench's compares a reply with the options' texts, the others with their whole lines.
 SEED = Wording(select=DUALFOCUS.select.replace(":{Q}", ": {Q}"), option="{letter}. {text}")
 GQA_MCQ = Wording(
     select="<image>\n{Q}\nAnswer the question using a single word or phrase. ", option="{letter}. {text}"
@@ -136,10 +136,10 @@ class Question:
         """The capital letter of the option that `reply` names, None if it names none.
 
         A reply longer than one character is read as the authors' code does: by its first character where
-        that is one of a to d, else as the first option that contains it or is contained in it, in either
-        case. So of options beyond D, which their benchmarks do not have, "E" is read, and "E. a cat" by its
-        text. A letter that no option has names none, and a small one is the capital: their code fails at
-        both, or counts them as wrong.
+        that is one of a to d, else as the first option that contains it or is contained in it, whatever
+        their case. So of options beyond D, which their benchmarks do not have, "E" is read, and "E. a cat"
+        by its text. A letter that no option has names none, and a small one is the capital: their code fails
+        at both, or counts them as wrong.
         """
         named = {chr(ord("A") + at): text for at, text in enumerate(self.options)}
         said = reply.lower()

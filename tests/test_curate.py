@@ -49,7 +49,10 @@ THINGS = [
     thing(13, "Car", 150, 40, 50, 40, "blue"),
     thing(14, "tree", 0, 0, 10, 90),
     thing(15, "tree", 60, 0, 20, 90),
-    *(thing(key, name, 180, 0, 20, 20) for key, name in enumerate(2 * ("color", "picture"), 16)),
+    *(
+        thing(key, name, 180, 0, 20, 20)
+        for key, name in enumerate(2 * ("color", "picture", "picture frame"), 16)
+    ),
 ]
 
 
@@ -108,7 +111,11 @@ def judged(asked: Files, *box: float) -> Dialogue | Drop:
         (qa(5, "Which color?"), (20, 10, 30, 20), (20, 10, 50, 30)),
         (qa(5, "What is the man in the picture doing?"), (20, 10, 30, 20), (20, 10, 50, 30)),
         (qa(5, "What color is in the picture?"), (20, 10, 30, 20), (20, 10, 50, 30)),
+        (qa(5, "Where was the picture taken?"), (20, 10, 30, 20), (20, 10, 50, 30)),
         (qa(5, "What is on the picture?"), (20, 10, 30, 20), Drop.AMBIGUOUS),
+        (qa(5, "What is in the picture on the wall?"), (20, 10, 30, 20), Drop.AMBIGUOUS),
+        (qa(5, "What is in the picture frame?"), (20, 10, 30, 20), Drop.AMBIGUOUS),
+        (qa(5, "What is on the color of the wall?"), (20, 10, 30, 20), Drop.AMBIGUOUS),
         (qa(5, "Is the color bright?"), (20, 10, 30, 20), Drop.AMBIGUOUS),
         # of two that are named one is not listed
         (qa(5, "Is the man by the tree?", "x", 11, 99), (20, 10, 30, 20), Drop.AMBIGUOUS),

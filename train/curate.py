@@ -22,11 +22,13 @@ Records = Mapping[str, Any]  # a picture's entry of every Visual Genome file, by
 WHOLE = 0.9  # of the picture's area: a box from here on points at nothing
 INSIDE = 0.5  # of a box's own area: with less of it inside, the box is not this picture's
 _WORD = re.compile(r"\w+")
-# What a question asks for, and the picture it is about, are often objects' names too: no object is meant.
+# What a question asks for, and the picture it is about, have words that are objects' names too: here none is meant.
 _FRAME = re.compile(
     r" (what|which) (colou?r|kind|type|sort|shape|material|pattern|time|side|part)s?(?= )"
-    r"| the (colou?r|kind|type|sort|shape|material|pattern|time|side|part)s?(?= of )"
-    r"| (in|of) (the|this) (picture|photo|photograph|image|scene|background|foreground)(?= )"
+    r"|(?<= (is|re)) the (colou?r|kind|type|sort|shape|material|pattern)s?(?= of )"
+    r"| (in|of) (the|this) (picture|photo|photograph|image|scene|background|foreground)"
+    r"(?= )(?! (on|above|over|under|behind|beside|hanging) )"
+    r"| (the|this) (picture|photo|photograph|image)(?= (was )?taken )"
 )
 _ANY = (" this ", " that ", " it ", " object ", " thing ", " item ")  # words that fit whatever there is
 
@@ -37,7 +39,7 @@ class Drop(StrEnum):
     The last three are `train.dataset`'s.
     """
 
-    NO_REGION = "neither a region nor a box for each named object"
+    NO_REGION = "no region, and no named object or one without a box"
     AMBIGUOUS = "the asked object is there more than once"
     EMPTY = "box without an area"
     APART = "region that touches none of the named objects"
@@ -149,8 +151,13 @@ class _Things:
             return False
         asked = [self._by_id[o["object_id"]] for o in named if o["object_id"] in self._by_id]
         if len(asked) < max(len(named), 1) and not _absent(said, answer):
-            said_of_things = _FRAME.sub("", said)
-            asked += [thing for thing in self._all for name in thing.names if name in said_of_things]
+            within = _FRAME.sub("", said)
+            asked += [
+                thing
+                for thing in self._all
+                for name in thing.names
+                if name in (said if " " in name.strip() else within)  # a "picture frame" is no picture
+            ]
         return any(self._fitting(said, thing) > 1 for thing in asked)
 
     def _fitting(self, said: str, asked: _Thing) -> int:
@@ -217,8 +224,8 @@ def _agree(said: str, same: Sequence[Any]) -> bool:
     if len({one.answer.lower() for one in same}) > 1:
         return False
     return _absent(said, same[0].answer) or all(
-        3 * _shared(a.box, b.box) >= _shared(a.box, a.box) + _shared(b.box, b.box)
-        for a, b in combinations(same, 2)
+        3 * _shared(a, b) >= _shared(a, a) + _shared(b, b)
+        for a, b in combinations({one.box for one in same}, 2)
     )
 
 

@@ -473,7 +473,7 @@ def positive(text: str) -> float:
 
 
 def seed(text: str) -> int:
-    """The same: a whole number that torch takes."""
+    """The same: a whole number of 63 bits."""
     number = amount(text)
     if number >= 1 << 63:
         raise ValueError

@@ -185,8 +185,10 @@ def writing(path: Path) -> Iterator[None]:
     """Raise InputError where weights cannot be written to `path`, as on a disk that is full."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, SafetensorError) as error:  # torch's and safetensors' words for an OSError
-        why = str(error).strip().splitlines()[0]
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"{path} could not be written, is the disk full? {why}") from None
 
 

@@ -193,12 +193,12 @@ def _joined(objects: list[Entry] | None, attributes: list[Entry] | None) -> list
 
     The two files are of different versions: v1.4 of `objects` merged and removed many that v1.2, which is
     the last of `attributes`, still lists. Those are no second objects, but a merged one's attributes hold
-    of the one it became. Only where a picture's `objects` are missing do `attributes` stand for them.
+    of the one it became. Only where a picture has no `objects` do `attributes` stand for them.
     """
-    if objects is None:
+    if not objects:
         return attributes or []
     joined = {o["object_id"]: {**o} for o in objects}
-    became = {old: o["object_id"] for o in objects for old in o.get("merged_object_ids", ())}
+    became = {old: o["object_id"] for o in reversed(objects) for old in o.get("merged_object_ids", ())}
     for said in attributes or ():
         key = said["object_id"]
         if more := said.get("attributes"):

@@ -22,7 +22,7 @@ Records = Mapping[str, Any]  # a picture's entry of every Visual Genome file, by
 WHOLE = 0.9  # of the picture's area: a box from here on points at nothing
 INSIDE = 0.5  # of a box's own area: with less of it inside, the box is not this picture's
 _WORD = re.compile(r"\w+")
-# What a question asks for, and the picture it is about, have words that are objects' names too: none is meant.
+# What a question asks for, and the picture it is about, have words that are objects' names too: not here.
 _FRAME = re.compile(
     r" (what|which) (colou?r|kind|type|sort|shape|material|pattern|time|side|part)s?(?= )"
     r"|(?<= (is|re)) the (colou?r|kind|type|sort|shape|material|pattern)s?(?= of )"

@@ -261,7 +261,7 @@ def markdown(*results: Mapping[str, Any]) -> str:
             rows.append([*name, group, str(row["questions"]), *shares, gain])
         for group, judged in result["yes_no"].items():
             scores = [f"{100 * judged[one]['f1']:.1f}" for one in passes[:3]]
-            gain = f"{100 * (judged['dual']['f1'] - judged['macro']['f1']):+.1f}"
+            gain = f"{round(100 * (judged['dual']['f1'] - judged['macro']['f1']), 1) + 0.0:+.1f}"  # no -0.0
             said = ", ".join(f"{100 * judged[one]['yes']:.1f}" for one in ("macro", "dual"))
             asked = str(result["accuracy"][group]["questions"])
             rows.append([*name, f"{group}, F1 (says yes: {said} %)", asked, *scores, "", gain])

@@ -3,10 +3,10 @@
 A run that asks many machines appends them as they come; once all are there they are in the questions' order.
 
 A line is LLaVA's ``{question_id, prompt, text, answer_id, model_id, metadata}``, so that the published
-scripts can read it. Of `metadata`, ``benchmark``, ``mode`` and ``bundle`` say which run it is of, and the
-rest what both passes said: ``macro`` and ``micro`` (null where there was none), ``chosen``, ``fallback``,
-``box`` and ``crop`` in pixels of the picture, its ``size``, ``losses`` and ``confidence`` of macro and micro,
-``ms``, and ``picture``, a hash of its pixels.
+scripts can read it; what is asked twice, as by TextVQA, has one. Of `metadata`, ``benchmark``, ``mode`` and
+``bundle`` say which run it is of, and the rest what both passes said: ``macro`` and ``micro`` (null where
+there was none), ``chosen``, ``fallback``, ``box`` and ``crop`` in pixels of the picture, its ``size``,
+``losses`` and ``confidence`` of macro and micro, ``ms``, and ``picture``, a hash of its pixels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Visual Genome's JSON files, read picture by picture in a little memory, and written likewise.
+"""Visual Genome's files, v1.2 and v1.4, read picture by picture in a little memory, and written likewise.
 
 The files are lists of pictures, hundreds of megabytes long, mostly but not surely in one order. Each is read
 once, as a stream; what is needed of a picture goes to a spool on the disk, from where `pictures` gathers it.

@@ -211,7 +211,9 @@ def test_a_driver_that_was_ended_is_gone_on_with(tmp_path, end):
     expected = by_id(accuracy.ask_all(FocusRunner(Bundle.open(threads=1)), RUN, questions))
     given = "--limit", str(many), "--ray"
     code = (
-        "import os\n"
+        "import os, signal\n"
+        # a shell's background jobs, and so what these tests may run in, ignore Ctrl-C
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from dualfocus.bench.answers import Answers\n"
         "append = Answers.append\n"
         "def ending(self, line):\n"

@@ -27,6 +27,8 @@ SMALL = [
     "special_tokens_map.json",
     "vocab.json",
     "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
 ]
 # The first that a checkpoint has holds its weights, or names the files that do: transformers' order.
 WEIGHTS = [

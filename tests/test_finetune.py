@@ -525,30 +525,81 @@ def test_a_full_disk_is_said_and_gone_on_from(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def _environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+def _environment(**more: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | more
+
+
+def two_processes(given: list[str], **more: str) -> str:
+    """What `processes.py` says in the end."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = [*start, str(Path(__file__).with_name("processes.py")), *given]
+    done = subprocess.run(run, env=_environment(**more), check=False, capture_output=True, text=True)
+    assert done.returncode == ("STOP_AFTER" in more), done.stderr
+    return done.stderr
+
+
+def _same_curve(one: Path, two: Path) -> None:
+    curves = [
+        [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+        for folder in (one, two)
+    ]
+    for name in ("loss", "lr", "held_out_loss"):
+        values = [[line.get(name) for line in curve] for curve in curves]
+        assert values[0] == pytest.approx(values[1], abs=1e-4), name
+    assert [line.get("targets") for line in curves[0]] == [line.get("targets") for line in curves[1]]
 
 
 def test_two_processes_learn_what_one_does(data: Path, tmp_path: Path) -> None:
     more = ["--lr", "1e-4", "--epochs", "3", "--per-device", "1", "--hold-out", "1"]
     finetune.main(command(data, tmp_path / "one", *more))
-    start = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    start += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "dualfocus.train.finetune"]
-    subprocess.run(
-        [sys.executable, *start, *command(data, tmp_path / "two", *more)], env=_environment(), check=True
-    )
+    assert "2 processes, MULTI_CPU" in two_processes(command(data, tmp_path / "two", *more))
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     before = weights(data / "checkpoint")
     assert max((one[name] - before[name]).abs().max() for name in one) > 1e-4
     for name, tensor in one.items():
         assert torch.allclose(tensor, two[name], rtol=0, atol=1e-5), name
-    curves = [
-        [json.loads(line) for line in (tmp_path / name / "curve.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    ]
-    assert [line.get("loss") for line in curves[0]] == pytest.approx([line.get("loss") for line in curves[1]])
-    assert [line.get("targets") for line in curves[0]] == [line.get("targets") for line in curves[1]]
-    assert curves[0][-1]["held_out_loss"] == pytest.approx(curves[1][-1]["held_out_loss"], abs=1e-4)
+    _same_curve(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "mistral, tied", "--lora"])
+def test_a_model_shared_out_learns_what_one_process_does(
+    data: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP gathers a layer at a time, keeps tied weights tied, and goes on as if nothing had been."""
+    monkeypatch.setattr(finetune, "DROPOUT", 0.0)
+    source = data / "checkpoint"
+    if kind == "mistral, tied":
+        source = tmp_path / "source"
+        formats.hugging_face(source, formats.make("mistral", tied=True, dtype=torch.float32))
+    more = ["--lr", "1e-3", "--epochs", "4", "--per-device", "1", "--save-every", "2"]
+    more += ["--lora"] if kind == "--lora" else []
+    one, two = ([str(source), *command(data, tmp_path / name, *more, batch=2)[1:]] for name in ("one", "two"))
+    finetune.main(one)
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+    fsdp["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"
+    two_processes(two, **fsdp, STOP_AFTER="4")
+    said = two_processes([*two, "--resume"], **fsdp)
+    assert "going on behind step 4 of" in said
+    assert "2 processes, FSDP" in said
+    _same_curve(tmp_path / "one", tmp_path / "two")
+    before, first, second = (
+        checkpoints.load(folder) for folder in (source, tmp_path / "one", tmp_path / "two")
+    )
+    changes = []
+    for name in before.names:
+        tensors = [of.weights.read(name) for of in (before, first, second)]
+        changes.append((tensors[1] - tensors[0]).abs().max())
+        assert torch.allclose(tensors[1], tensors[2], rtol=0, atol=1e-5), name
+    assert max(changes) > 1e-4
+
+
+def test_what_would_learn_otherwise_is_refused(data: Path, tmp_path: Path) -> None:
+    more = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}
+    start = [sys.executable, str(Path(__file__).with_name("processes.py")), *command(data, tmp_path / "out")]
+    done = subprocess.run(start, env=_environment(**more), check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "dualfocus: accelerate is configured for version 1 of FSDP" in done.stderr
 
 
 # ---- what goes in and comes out
@@ -566,6 +617,8 @@ def test_every_kind_of_checkpoint(data: Path, tmp_path: Path, name: str) -> None
         tower = ["--vision-tower", str(tmp_path / "clip")]
     elif name == "llava-1.5":
         formats.hugging_face(source, formats.make(dtype=torch.float16), before=True, shard_bytes=100_000)
+        (source / "chat_template.jinja").write_text("{{ messages }}")
+        (source / "processor_config.json").write_text('{"patch_size": 14, "image_processor": {}}')
     elif name == "mistral, tied":
         model = formats.make("mistral", tied=True, dtype=torch.bfloat16)
         formats.hugging_face(source, model, kind="bin")
@@ -594,6 +647,12 @@ def test_every_kind_of_checkpoint(data: Path, tmp_path: Path, name: str) -> None
     image = described[0].image
     # what a centre crop leaves out could not be pointed at
     assert described[1].image == replace(image, fit={"crop": "pad"}.get(image.fit, image.fit))
+    processor = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    padded = processor.get("do_pad"), processor.get("image_processor_type")
+    assert (padded == (True, "LlavaImageProcessor")) == (described[1].image.fit == "pad")
+    if name == "llava-1.5":
+        assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+        assert json.loads((tmp_path / "out" / "processor_config.json").read_text()) == {"patch_size": 14}
     declared = checkpoints.describe(after, ragged_append=True)
     assert declared.coordinates == "original"  # whatever stock LLaVA's were
 
@@ -619,6 +678,10 @@ def test_nano_stays_nano(data: Path, tmp_path: Path) -> None:
         (
             lambda given: [*given, "--dialogues", "none.json"],
             "none.json cannot be read: No such",
+        ),
+        (
+            lambda given: [*given, "--mix-images", "nowhere"],
+            "mix.json: none of its pictures is there, the first of them nowhere/0.png",
         ),
         (lambda given: ["nowhere", *given[1:]], "nowhere"),
         (

@@ -3,10 +3,14 @@
     accelerate launch -m dualfocus.train.finetune CHECKPOINT --dialogues FILE.json --images DIR \\
         --mix llava.json --mix-images DIR -o OUT
 
-or with `python -m` in one process. Files are as `train.samples` reads them, checkpoints as `dualfocus export`
-does. Without options it is LLaVA-1.5's recipe: projector and language model learn, the vision tower does
-not; one epoch of AdamW in batches of 128 samples, 2e-5 at the peak after 3 % of the way and then a cosine to
-zero; 2,048 tokens, what is longer is cut. With --lora, its recipe for LoRA.
+or with `python -m` in one process. DDP, which `accelerate launch` chooses for several GPUs, keeps the model,
+its gradients and AdamW's moments on each: 16 bytes a parameter. For 7 B of them it takes ``accelerate launch
+--use_fsdp --fsdp_version 2``, which shares them out, or --lora.
+
+Files are as `train.samples` reads them, checkpoints as `dualfocus export` does. Without options it is
+LLaVA-1.5's recipe: projector and language model learn, the vision tower does not; one epoch of AdamW in
+batches of 128 samples, 2e-5 at the peak after 3 % of the way and then a cosine to zero; 2,048 tokens, what is
+longer is cut. With --lora, its recipe for LoRA.
 
 OUT is a Hugging Face checkpoint, complete or not there at all, for `dualfocus export OUT -o BUNDLE`. Its
 weights have the types of CHECKPOINT's, and `curve.jsonl` beside them is the run's curve. Until then the run
@@ -26,22 +30,28 @@ import random
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils.environment import parse_flag_from_env
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as computed_again
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, LlavaForConditionalGeneration
 
 from dualfocus.export import checkpoint as checkpoints
 from dualfocus.export import hub
 from dualfocus.export.checkpoint import EMBEDDINGS, Checkpoint
+from dualfocus.export.weights import read_json
 from dualfocus.runtime.errors import InputError
 from dualfocus.runtime.manifest import Manifest
 from dualfocus.train import loop, samples
@@ -55,7 +65,9 @@ LORA_RATE, RANK, ALPHA, DROPOUT = 2e-4, 128, 256, 0.05
 LORA_LAYERS = r"model\.language_model\.layers\..*_proj"
 BIG = 10**9  # parameters, from which on activations are computed again for the backward pass
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-TOKENIZER = [name for name in hub.SMALL if name.startswith(("token", "special", "added", "vocab", "merges"))]
+LABELS = 4096  # whose logits exist at a time: of 16 rows' and Qwen2's words they would be tens of GB
+PATIENCE = timedelta(hours=6)  # of processes, while one downloads or writes
+COPIED = ("token", "special", "added", "vocab", "merges", "chat")  # the tokenizer's files begin so
 
 
 class Losses(nn.Module):
@@ -64,7 +76,11 @@ class Losses(nn.Module):
     def __init__(self, model: LlavaForConditionalGeneration) -> None:
         super().__init__()
         self.model = model
-        self._no_split_modules = model._no_split_modules  # what FSDP keeps together
+        self._no_split_modules = model.model.language_model._no_split_modules  # what FSDP gathers at a time
+
+    def tie_weights(self) -> None:
+        """For FSDP, which moves parameters one by one."""
+        self.model.tie_weights()
 
     def train(self, mode: bool = True) -> Losses:
         """The frozen tower stays as it is at inference: nano's has batch norms."""
@@ -83,8 +99,12 @@ class Losses(nn.Module):
         states = model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, :-1]
         targets = labels[:, 1:]
         wanted = targets != IGNORED
-        logits = self.model.lm_head(states[wanted]).float()
-        return F.cross_entropy(logits, targets[wanted], reduction="sum")
+        parts = zip(states[wanted].split(LABELS), targets[wanted].split(LABELS), strict=True)
+        sums = [computed_again(self._nll, *part, use_reentrant=False) for part in parts]
+        return torch.stack(sums).sum()
+
+    def _nll(self, states: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.model.lm_head(states).float(), targets, reduction="sum")
 
 
 def prepare(checkpoint: Checkpoint, *, lora: bool, half: bool) -> tuple[Losses, list[dict[str, Any]]]:
@@ -135,7 +155,7 @@ def tuned(checkpoint: Checkpoint, state: Mapping[str, Tensor], trained: set[str]
 def save_checkpoint(
     checkpoint: Checkpoint, source: Path, manifest: Manifest, weights: dict[str, Tensor], folder: Path
 ) -> None:
-    """Write a Hugging Face checkpoint into the new `folder`, with the tokenizer of `source`'s."""
+    """Write a Hugging Face checkpoint into the new `folder`, with tokenizer and template of `source`'s."""
     skeleton = checkpoint.skeleton.to(weights[EMBEDDINGS].dtype)  # which config.json tells
     for part in (skeleton.config.text_config, skeleton.config.vision_config):
         part.dtype = skeleton.dtype
@@ -143,9 +163,18 @@ def save_checkpoint(
         bos_token_id=manifest.tokens.bos, eos_token_id=list(manifest.tokens.eos)
     )
     skeleton.save_pretrained(folder, state_dict=weights)
-    for name in TOKENIZER:
-        if (source / name).exists():
+    for name in hub.SMALL:
+        if name.startswith(COPIED) and (source / name).exists():
             shutil.copyfile(source / name, folder / name)
+    preprocessor = checkpoint.preprocessor
+    if manifest.image.fit == "pad":  # transformers' CLIP processor would not, whatever it is told
+        preprocessor = {**preprocessor, "do_pad": True, "image_processor_type": "LlavaImageProcessor"}
+    if (source / "processor_config.json").exists():
+        processor = read_json(source / "processor_config.json", "")
+        processor.pop("image_processor", None)  # since transformers 5; here it has a file of its own
+        (folder / "processor_config.json").write_text(
+            json.dumps(processor, indent=2) + "\n", encoding="utf-8"
+        )
     declared = {
         "prompts": dataclasses.asdict(manifest.prompts),
         "coordinates": manifest.coordinates,
@@ -155,7 +184,7 @@ def save_checkpoint(
         "fit": manifest.image.fit,
     }
     for name, content in (
-        ("preprocessor_config.json", checkpoint.preprocessor),
+        ("preprocessor_config.json", preprocessor),
         ("dualfocus.json", declared),
     ):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -178,14 +207,9 @@ class Run:
         arguments.out = out = arguments.out.resolve()
         self.arguments = arguments
         self.folder = out.parent / f".{out.name}.partial"
-        processes = PartialState().num_processes
-        self.rows, self.parts = split(arguments.batch, processes, arguments.per_device)
-        self.accelerator = Accelerator(
-            mixed_precision="no" if arguments.precision == "fp32" else "bf16",
-            gradient_accumulation_steps=self.parts,
-        )
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise InputError("accelerate is configured for DeepSpeed, expected FSDP, DDP or one process")
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
+        self.rows, self.parts = split(arguments.batch, state.num_processes, arguments.per_device)
+        self.accelerator = _accelerator(self.parts, half=arguments.precision == "bf16")
         self.main = self.accelerator.is_main_process
         _check_out(out, self.folder, arguments.resume)
         with self.accelerator.main_process_first():  # where it is downloaded
@@ -226,6 +250,8 @@ class Run:
             found, dropped = samples.read(file, pictures)
             why = "".join(f", dropped {number:,}: {reason}" for reason, number in sorted(dropped.items()))
             self.say(f"{file}: {len(found):,} samples{why}")
+            if not found:
+                raise InputError(f"{file} leaves no sample{why}")
             kept += found
         if len(kept) <= arguments.hold_out:
             raise InputError(
@@ -242,7 +268,7 @@ class Run:
 
     def settings(self) -> dict[str, Any]:
         """What a run to be resumed must have in common with this one."""
-        of = ("batch", "per_device", "length", "epochs", "lr", "lora", "precision", "seed", "hold_out")
+        of = ("batch", "length", "epochs", "lr", "lora", "precision", "seed", "hold_out")
         data = hashlib.sha256()
         for sample in self.learned:
             data.update(repr(sample).encode())
@@ -265,6 +291,8 @@ class Run:
         trained = {name for name, p in losses.model.named_parameters() if p.requires_grad}
         if arguments.lr is not None:
             groups[0]["lr"] = arguments.lr
+        for group in groups:
+            group["initial_lr"] = group["lr"]  # `fit`'s peak, which a resumed state of FSDP would not bring
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         model, optimizer = accelerator.prepare(losses, optimizer)
         accelerator.register_save_state_pre_hook(loop.leave_out_frozen)
@@ -390,6 +418,28 @@ class Run:
         self.say(f"{out}: fine-tuned; dualfocus export {out} -o BUNDLE makes a bundle of it")
 
 
+def _accelerator(parts: int, *, half: bool) -> Accelerator:
+    """accelerate, as it is configured. Raises InputError where the same would not be learned so."""
+    accumulated = GradientAccumulationPlugin(
+        num_steps=parts,
+        # else a whole model's gradients stay on each device until the last part
+        sync_each_batch=parse_flag_from_env("ACCELERATE_USE_FSDP"),
+    )
+    found = Accelerator(mixed_precision="bf16" if half else "no", gradient_accumulation_plugin=accumulated)
+    if found.distributed_type == DistributedType.DEEPSPEED:
+        raise InputError("accelerate is configured for DeepSpeed, expected FSDP, DDP or one process")
+    if found.distributed_type == DistributedType.FSDP:
+        if not found.is_fsdp2:  # which rounds the rotary frequencies, and loses AdamW's moments
+            raise InputError("accelerate is configured for version 1 of FSDP, expected --fsdp_version 2")
+        plugin = found.state.fsdp_plugin
+        plugin.auto_wrap_policy = transformer_auto_wrap_policy
+        if half:  # computed in, but not summed
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+            )
+    return found
+
+
 def _loss(model: nn.Module, part: Part, device: torch.device) -> Tensor:
     tensors = (part.ids, part.places, part.labels, part.pixels)
     found: Tensor = model(*(tensor.to(device, non_blocking=True) for tensor in tensors))
@@ -446,7 +496,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         Run(parser.parse_args(arguments)).run()
     except torch.OutOfMemoryError:
-        _refuse("the device's memory is too small for this model and --per-device")
+        _refuse(
+            "the device's memory is too small for this model and --per-device: less of it, --lora, or "
+            "`accelerate launch --use_fsdp --fsdp_version 2` needs less"
+        )
+    except KeyboardInterrupt:
+        print("dualfocus: interrupted; --resume goes on behind the last saved step", file=sys.stderr)
+        sys.exit(130)
     except (InputError, OSError) as error:
         _refuse(error)
 

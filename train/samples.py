@@ -72,7 +72,8 @@ class Sample:
 def read(file: Path, pictures: Path) -> tuple[list[Sample], Counter[str]]:
     """The samples of `file`, whose images are in the folder `pictures`, and how many were dropped, by reason.
 
-    Raises InputError where the file is none of samples.
+    Raises InputError where the file is none of samples, and where none of its pictures is there: some may be
+    missing, as those that OCR-VQA has lost since, but not by a mistyped folder.
     """
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
@@ -83,7 +84,7 @@ def read(file: Path, pictures: Path) -> tuple[list[Sample], Counter[str]]:
     if not isinstance(raw, list):
         raise InputError(f"{file} holds a {type(raw).__name__}, expected a list of samples")
     exists = lru_cache(maxsize=1 << 16)(os.path.isfile)
-    samples, dropped = [], Counter[str]()
+    samples, dropped, missing = [], Counter[str](), ""
     for entry in raw:
         sample = _parse(entry, pictures)
         if sample is None:
@@ -92,8 +93,11 @@ def read(file: Path, pictures: Path) -> tuple[list[Sample], Counter[str]]:
             dropped["box outside the picture, or empty"] += 1
         elif sample.picture is not None and not exists(sample.picture):
             dropped["picture missing"] += 1
+            missing = missing or sample.picture
         else:
             samples.append(sample)
+    if missing and not any(sample.picture for sample in samples):
+        raise InputError(f"{file}: none of its pictures is there, the first of them {missing}")
     return samples, dropped
 
 

@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 from dualfocus import cli
 from dualfocus.bench import curate as bench
 from dualfocus.bench import harness
+from dualfocus.runtime.errors import InputError
 from dualfocus.runtime.turns import DUALFOCUS, Question, Text, Turn, render
 from dualfocus.train import curate, dataset, scenes, visual_genome
 from dualfocus.train.curate import Dialogue, Drop
@@ -42,7 +43,8 @@ def qa(key: int, question: str, answer: str = "Blue.", *named: int, found: tuple
     return {"qa_id": key, "image_id": 1, "question": question, "answer": answer, **objects}
 
 
-# one man, two cars that their colours tell apart, two trees that nothing does, and what is seldom meant
+# one man, annotated twice, two cars that their colours tell apart, two trees that nothing does, and two each
+# of what is seldom meant
 THINGS = [
     thing(11, "man", 10, 10, 40, 60),
     thing(12, "car", 100, 40, 50, 40, "red"),
@@ -50,9 +52,10 @@ THINGS = [
     thing(14, "tree", 0, 0, 10, 90),
     thing(15, "tree", 60, 0, 20, 90),
     *(
-        thing(key, name, 180, 0, 20, 20)
-        for key, name in enumerate(2 * ("color", "picture", "picture frame"), 16)
+        thing(key, name, 160 + 20 * (key % 2), 0, 20, 20)
+        for key, name in enumerate(2 * ("color", "picture", "picture frame", "side", "top"), 16)
     ),
+    thing(31, "man", 11, 11, 40, 60),
 ]
 
 
@@ -112,6 +115,10 @@ def judged(asked: Files, *box: float) -> Dialogue | Drop:
         (qa(5, "What is the man in the picture doing?"), (20, 10, 30, 20), (20, 10, 50, 30)),
         (qa(5, "What color is in the picture?"), (20, 10, 30, 20), (20, 10, 50, 30)),
         (qa(5, "Where was the picture taken?"), (20, 10, 30, 20), (20, 10, 50, 30)),
+        (qa(5, "What is on the left side of the man?"), (20, 10, 30, 20), (20, 10, 50, 30)),
+        (qa(5, "What is on top of the tree?"), (20, 10, 30, 20), Drop.AMBIGUOUS),
+        (qa(5, "What is on top of the man?"), (20, 10, 30, 20), (20, 10, 50, 30)),
+        (qa(5, "What is at the top?"), (20, 10, 30, 20), Drop.AMBIGUOUS),
         (qa(5, "What is on the picture?"), (20, 10, 30, 20), Drop.AMBIGUOUS),
         (qa(5, "What is in the picture on the wall?"), (20, 10, 30, 20), Drop.AMBIGUOUS),
         (qa(5, "What is in the picture frame?"), (20, 10, 30, 20), Drop.AMBIGUOUS),
@@ -123,7 +130,10 @@ def judged(asked: Files, *box: float) -> Dialogue | Drop:
         (qa(5, "Is the man by the dog?", "x", 11, 99), (20, 10, 30, 20), (20, 10, 50, 30)),
         (qa(5, "What is the man wearing?", "A hat.", 11, found=(99,)), (), Drop.NO_REGION),
         (qa(5, "What is the man wearing?", "A hat.", 11, found=(99,)), (20, 10, 30, 20), (20, 10, 50, 30)),
-        # counts are of several, and what is not there is not one of them
+        # counts are of several, though not all that they name is, and what is not there is not one of them
+        (qa(5, "How many doors does the car have?", "2", 12), (100, 40, 30, 20), Drop.AMBIGUOUS),
+        (qa(5, "How many doors does the red car have?", "2", 12), (100, 40, 30, 20), (100, 40, 130, 60)),
+        (qa(5, "How many cars does the man have?", "2", 12, 13), (100, 40, 30, 20), (100, 40, 130, 60)),
         (qa(5, "How many cars or a car are there?", "2", 12, 13), (), (100, 40, 200, 80)),
         (qa(5, "Is there a green car?", "No."), (20, 10, 30, 20), (20, 10, 50, 30)),
         (qa(5, "Is the tree tall?", "No."), (20, 10, 30, 20), Drop.AMBIGUOUS),
@@ -284,7 +294,7 @@ def test_other_spellings_are_the_same(tmp_path: Path, files: Files) -> None:
     def renamed(entry: Files, **names: str) -> Files:
         return {names.get(key, key): value for key, value in entry.items()}
 
-    files["image_data"] = [renamed(e, image_id="id") for e in files["image_data"]]
+    files["image_data"] = [renamed(e, image_id="id") | {"image_id": "1"} for e in files["image_data"]]
     for name in ("objects", "attributes"):
         files[name] = [
             {"id": e["image_id"], name: [
@@ -294,7 +304,12 @@ def test_other_spellings_are_the_same(tmp_path: Path, files: Files) -> None:
             for e in files[name]
         ]  # fmt: skip
     files["region_descriptions"] = [
-        {"image_id": 1, "regions": [renamed(r, region_id="id", width="w", height="h") for r in e["regions"]]}
+        {
+            "image_id": 1,
+            "regions": [
+                renamed(r, region_id="id", width="w", height="h") | {"image_id": None} for r in e["regions"]
+            ],
+        }
         for e in files["region_descriptions"]
     ]
     for e in files["question_answers"]:
@@ -303,7 +318,7 @@ def test_other_spellings_are_the_same(tmp_path: Path, files: Files) -> None:
         e["qas"][0]["a_objects"] = None
         del e["qas"][1]["a_objects"]
         e["qas"][1]["q_objects"] = [{"id": 12}]
-    files["qa_to_region_mapping"] = {"5": "3"}
+    files["qa_to_region_mapping"] = {"5": "3", "6": 99.0}
     (tmp_path / "again").mkdir()
     made, statistics = build(tmp_path / "again", files)
     assert made == expected
@@ -313,7 +328,8 @@ def test_other_spellings_are_the_same(tmp_path: Path, files: Files) -> None:
 def test_older_attributes_bring_no_second_objects(tmp_path: Path, files: Files) -> None:
     """v1.4 merged and removed objects which v1.2 of the attributes, the last there is, still lists."""
     expected, _ = build(tmp_path, files)
-    files["objects"][0]["objects"][0]["merged_object_ids"] = [1011]  # the man's
+    assert files["objects"][0]["objects"].pop() == {k: v for k, v in THINGS[-1].items() if k != "attributes"}
+    files["objects"][0]["objects"][0]["merged_object_ids"] = [1011, 31]  # the man's
     files["attributes"][0]["attributes"][1] = thing(12, "car", 100, 40, 50, 40)  # not called red,
     files["objects"][0]["objects"][1]["merged_object_ids"] = [1012]
     files["attributes"][0]["attributes"] += [
@@ -340,6 +356,38 @@ def test_archives_are_read(tmp_path: Path, files: Files) -> None:
             archive.write(path, f"data/{path.name}")
     dataset.build(packed, tmp_path / "out2")
     assert samples(tmp_path / "out2") == expected
+
+
+def test_files_are_found_under_the_names_they_are_published_by(tmp_path: Path, files: Files) -> None:
+    expected, _ = build(tmp_path, files)
+    objects = tmp_path / "in" / "objects.json"
+    with zipfile.ZipFile(tmp_path / "in" / "objects_v1_2.json.zip", "w") as archive:
+        archive.write(objects, "objects_v1_2.json")
+    older = objects.rename(tmp_path / "in" / "objects_v1.json")
+    with pytest.raises(
+        InputError, match=r"holds objects_v1.json, objects_v1_2.json.zip: expected one of them"
+    ):
+        dataset.build(tmp_path / "in", tmp_path / "out2")
+    older.unlink()
+    dataset.build(tmp_path / "in", tmp_path / "out2")
+    assert samples(tmp_path / "out2") == expected
+
+
+@pytest.mark.parametrize(("at", "value"), [(6, 1), (8, 9)])
+def test_an_archive_that_cannot_be_unpacked_is_one_sentence(
+    tmp_path: Path, files: Files, at: int, value: int
+) -> None:
+    """An encrypted one, and one of Deflate64, which Windows writes: flags and method, told in two places."""
+    build(tmp_path, files)
+    path = tmp_path / "in" / "objects.json.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(tmp_path / "in" / "objects.json", "objects.json")
+    (tmp_path / "in" / "objects.json").unlink()
+    data = bytearray(path.read_bytes())
+    data[at] = data[data.index(b"PK\x01\x02") + at + 2] = value
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"objects\.json\.zip: no archive that can be read"):
+        dataset.build(tmp_path / "in", tmp_path / "out2")
 
 
 def test_without_mapping_and_attributes(tmp_path: Path, files: Files) -> None:
@@ -385,6 +433,10 @@ NOT_PLACED = {"id": 9, "y": 1, "width": 1, "height": 1}
         ("objects/objects", thing(1, "x", 1, 1, 1, 1) | {"names": []}, "an object without a name"),
         ("objects/objects", thing(1, "x", 1, 1, True, 1), "w is no number"),
         ("attributes/attributes", thing(1, "x", 1, 1, 1, 1, None), "attributes are no texts"),  # type: ignore[arg-type]
+        # numbers that no picture has, and not all of which a double has
+        ("objects/objects", thing(1, "x", 1, 1, 10**400, 1), "w is no number"),
+        ("region_descriptions/regions", region(1 << 63, 1, 1, 1, 1), "region_id is no whole number"),
+        ("region_descriptions/regions", region(4, 1e300, 1, 1, 1), "x is no number"),
         ("region_descriptions/regions", NOT_PLACED, "x is no number"),
         ("region_descriptions/regions", NOT_PLACED | {"image_id": 2}, "regions: of another picture"),
         ("region_descriptions/regions", region(3, 1, 1, 1, 1), "regions: an id for the second time"),
@@ -416,6 +468,7 @@ def test_malformed_records_are_counted_and_left_out(
 
 
 def test_pictures_that_are_not_listed_or_not_there(tmp_path: Path, files: Files) -> None:
+    files["question_answers"].append({"id": 3, "qas": []})
     second = json.loads(json.dumps(files["question_answers"][0]).replace('"image_id": 1', '"image_id": 2'))
     files["question_answers"].append(second | {"id": 2})
     _, statistics = build(tmp_path, files)
@@ -423,8 +476,10 @@ def test_pictures_that_are_not_listed_or_not_there(tmp_path: Path, files: Files)
     files["image_data"].append(files["image_data"][0] | {"image_id": 2})
     (tmp_path / "pictures" / "VG_100K").mkdir(parents=True)
     Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "pictures" / "VG_100K" / "1.jpg")
+    (tmp_path / "pictures" / "VG_100K" / "2.jpg").touch()  # what was cut off unpacking
     statistics = dataset.build(save(tmp_path / "in", files), tmp_path / "out2", images=tmp_path / "pictures")
     assert statistics["dropped"][Drop.NO_FILE] == 3
+    assert statistics["pictures"] == 2
     assert {s["image"] for s in samples(tmp_path / "out2")} == {"VG_100K/1.jpg"}
 
 

@@ -26,10 +26,13 @@ _WORD = re.compile(r"\w+")
 _FRAME = re.compile(
     r" (what|which) (colou?r|kind|type|sort|shape|material|pattern|time|side|part)s?(?= )"
     r"|(?<= (is|re)) the (colou?r|kind|type|sort|shape|material|pattern)s?(?= of )"
+    r"| ((left|right|other|far|near) )?side(?= of )| (in front|on top|in the back|in back)(?= of )"
+    r"| time of day(?= )"
     r"| (in|of) (the|this) (picture|photo|photograph|image|scene|background|foreground)"
     r"(?= )(?! (on|above|over|under|behind|beside|hanging) )"
     r"| (the|this) (picture|photo|photograph|image)(?= (was )?taken )"
 )
+_COUNTED = re.compile(r" how many .*?(?= (is|are|do|does|can|has|have|was|were) )")
 _ANY = (" this ", " that ", " it ", " object ", " thing ", " item ")  # words that fit whatever there is
 
 
@@ -47,7 +50,7 @@ class Drop(StrEnum):
     WHOLE = "box around nearly the whole picture"
     TWICE = "asked more than once, with answers or boxes that disagree"
     THIN = "box without an area once written with two decimals"
-    NO_SIZE = "picture that image_data does not list"
+    NO_SIZE = "picture without a usable record in image_data"
     NO_FILE = "picture whose file is missing"
 
 
@@ -145,10 +148,14 @@ class _Things:
         """True where the question's words point at an asked object and at another one too.
 
         Where the annotations do not name what is asked about, or name what they do not list, it is what the
-        question names; but a count is of several, and what is not there can be mistaken for nothing.
+        question names; but what is counted is several, and what is not there can be mistaken for nothing.
         """
         if said.startswith(" how many "):
-            return False
+            if not (counted := _COUNTED.match(said)):
+                return False
+            said = said[counted.end() :]  # what is counted is not in it, nor of what is named
+            things = ((o, self._by_id.get(o["object_id"])) for o in named)
+            named = [o for o, thing in things if thing and any(name in said for name in thing.names)]
         asked = [self._by_id[o["object_id"]] for o in named if o["object_id"] in self._by_id]
         if len(asked) < max(len(named), 1) and not _absent(said, answer):
             within = _FRAME.sub("", said)
@@ -158,10 +165,10 @@ class _Things:
                 for name in thing.names
                 if name in (said if " " in name.strip() else within)  # a "picture frame" is no picture
             ]
-        return any(self._fitting(said, thing) > 1 for thing in asked)
+        return any(_places(self._fitting(said, thing)) > 1 for thing in asked)
 
-    def _fitting(self, said: str, asked: _Thing) -> int:
-        """How many objects fit the words that point at `asked`.
+    def _fitting(self, said: str, asked: _Thing) -> list[_Thing]:
+        """The objects that fit the words which point at `asked`.
 
         The words are its attribute and name together ("red star"), else its name, else its attribute; by
         none of them ("she") it is the one of its name, and by "that" or "the object" any.
@@ -169,16 +176,25 @@ class _Things:
         for name in asked.names:
             for attribute in asked.attributes:
                 if attribute + name[1:] in said:
-                    return len([t for t in self._all if name in t.names and attribute in t.attributes])
+                    return [t for t in self._all if name in t.names and attribute in t.attributes]
         for name in asked.names:
             if name in said:
-                return len([t for t in self._all if name in t.names])
+                return [t for t in self._all if name in t.names]
         for attribute in asked.attributes:
             if attribute in said:
-                return len([t for t in self._all if attribute in t.attributes])
+                return [t for t in self._all if attribute in t.attributes]
         if any(word in said for word in _ANY):
-            return len(self._all)
-        return max(len([t for t in self._all if name in t.names]) for name in asked.names)
+            return self._all
+        return max(([t for t in self._all if name in t.names] for name in asked.names), key=len)
+
+
+def _places(things: Sequence[_Thing]) -> int:
+    """How many they are: what was annotated twice has two boxes at one place, and either shows the other."""
+    boxes: list[Box] = []
+    for thing in things:
+        if not any(_alike(thing.box, box) for box in boxes):
+            boxes.append(thing.box)
+    return len(boxes)
 
 
 def _words(text: str) -> str:
@@ -224,9 +240,13 @@ def _agree(said: str, same: Sequence[Any]) -> bool:
     if len({one.answer.lower() for one in same}) > 1:
         return False
     return _absent(said, same[0].answer) or all(
-        3 * _shared(a, b) >= _shared(a, a) + _shared(b, b)
-        for a, b in combinations({one.box for one in same}, 2)
+        _alike(a, b) for a, b in combinations({one.box for one in same}, 2)
     )
+
+
+def _alike(a: Box, b: Box) -> bool:
+    """An IoU of at least a half."""
+    return 3 * _shared(a, b) >= _shared(a, a) + _shared(b, b) > 0
 
 
 def _shared(a: Box, b: Box) -> float:

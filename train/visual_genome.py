@@ -9,14 +9,16 @@ out and counted.
 from __future__ import annotations
 
 import json
+import lzma
 import marshal
-import math
+import re
 import zipfile
 import zlib
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from decimal import Decimal
 from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -37,6 +39,8 @@ MAPPING = "qa_to_region_mapping"
 OPTIONAL = ("attributes", MAPPING)
 FOLDERS = ("VG_100K", "VG_100K_2")  # of the pictures, in the real data set
 SUFFIXES = (".jpg", ".jpeg", ".png")
+LARGEST = 1_000_000_000  # of a picture's and a box's numbers
+_FILE = re.compile(r"(\w+?)(_v\d+(?:_\d+)?)?\.json(\.zip)?")  # as they are downloaded: objects_v1_2.json.zip
 STEP = 1 << 20  # bytes between two words on the progress
 
 
@@ -57,8 +61,19 @@ class _File(NamedTuple):
             if self.member is None:
                 yield opened.enter_context(self.path.open("rb"))
             else:
-                archive = opened.enter_context(zipfile.ZipFile(self.path))
-                yield opened.enter_context(archive.open(self.member))
+                with _unpacking(self.path):
+                    archive = opened.enter_context(zipfile.ZipFile(self.path))
+                    member = opened.enter_context(archive.open(self.member))
+                yield member
+
+
+@contextmanager
+def _unpacking(path: Path) -> Iterator[None]:
+    """Raise InputError for an archive that is damaged, encrypted, or packed in a way unknown here."""
+    try:
+        yield
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise InputError(f"{path}: no archive that can be read: {error}") from None
 
 
 class Spool:
@@ -146,7 +161,7 @@ class Annotations:
             try:
                 if not isinstance(part, dict):
                     raise MalformedError(f"{within}: not an object")
-                if part.get("image_id", picture) != picture:
+                if _digits(part.get("image_id")) not in (None, picture):
                     raise MalformedError(f"{within}: of another picture")
                 key, value = parse(part)
                 if key in found:
@@ -154,7 +169,8 @@ class Annotations:
                 found[key] = value
             except MalformedError as reason:
                 count[str(reason)] += 1
-        self._spool.put(name, picture, list(found.values()))
+        if found:  # many pictures have a record, and nothing in it
+            self._spool.put(name, picture, list(found.values()))
 
     def __len__(self) -> int:
         """How many pictures have questions."""
@@ -209,20 +225,28 @@ def _joined(objects: list[Entry] | None, attributes: list[Entry] | None) -> list
 
 def _find(folder: Path) -> dict[str, _File]:
     """The files by name. InputError, naming them, if required ones are missing."""
+    there: dict[str, dict[str, Path]] = defaultdict(dict)  # by name and version, unpacked before packed
+    for path in sorted(folder.iterdir()):
+        if (of := _FILE.fullmatch(path.name)) and path.is_file():
+            there[of[1]].setdefault(of[2] or "", path)
     found = {}
     for name in (*REQUIRED, *OPTIONAL):
-        plain, packed = folder / f"{name}.json", folder / f"{name}.json.zip"
-        if plain.is_file():
-            found[name] = _File(plain, None, plain.stat().st_size)
-        elif packed.is_file():
-            try:
-                with zipfile.ZipFile(packed) as archive:
-                    inside = [i for i in archive.infolist() if Path(i.filename).name == plain.name]
-            except zipfile.BadZipFile as error:
-                raise InputError(f"{packed}: no archive that can be read: {error}") from None
-            if not inside:
-                raise InputError(f"{packed}: holds no {plain.name}")
-            found[name] = _File(packed, inside[0].filename, inside[0].file_size)
+        versions = there[name]
+        if len(versions) > 1 and "" not in versions:
+            listed = ", ".join(path.name for path in versions.values())
+            raise InputError(f"{folder} holds {listed}: expected one of them, or {name}.json")
+        if not versions:
+            continue
+        path = versions[min(versions)]
+        if path.suffix == ".json":
+            found[name] = _File(path, None, path.stat().st_size)
+            continue
+        with _unpacking(path), zipfile.ZipFile(path) as archive:
+            named = [(_FILE.fullmatch(Path(i.filename).name), i) for i in archive.infolist()]
+        inside = [i for of, i in named if of and of[1] == name and not of[3]]
+        if not inside:
+            raise InputError(f"{path}: holds no {name}.json")
+        found[name] = _File(path, inside[0].filename, inside[0].file_size)
     if missing := [f"{name}.json" for name in REQUIRED if name not in found]:
         raise InputError(f"{folder}: has no {', '.join(missing)}, expected Visual Genome's files")
     return found
@@ -238,10 +262,11 @@ def _records(path: Path, stream: IO[bytes], opens: str) -> Iterator[Any]:
             raise InputError(f"{path}: begins with {start!r}, expected {kind} in JSON")
         stream.seek(0)
         read = ijson.items if opens == "[" else ijson.kvitems
-        for entry in read(stream, "item" if opens == "[" else "", use_float=True):
+        # numbers as they are: a double's are an error of the whole file where one is too large
+        for entry in read(stream, "item" if opens == "[" else ""):
             yield entry
             count += 1
-    except (ijson.JSONError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (ijson.JSONError, ValueError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError) as error:
         why = str(error.args[0] if error.args else error)
         why = why if isinstance(why, str) else repr(why)
         raise InputError(
@@ -252,14 +277,16 @@ def _records(path: Path, stream: IO[bytes], opens: str) -> Iterator[Any]:
 
 def _id(entry: Entry, name: str) -> int:
     """A record's own number, which is also called ``id``."""
-    key = entry.get(name, entry.get("id"))
+    key = _digits(entry.get(name, entry.get("id")))
     if type(key) is not int or abs(key) >= 1 << 63:
         raise MalformedError(f"no {name}" if key is None else f"{name} is no whole number")
     return key
 
 
 def _digits(value: Any) -> Any:
-    """The mapping's ids are numbers as text in its keys, and may be in its values."""
+    """An id, which may be written as text, as in the mapping's keys, or as 3.0."""
+    if isinstance(value, Decimal) and abs(value) < LARGEST and value == int(value):
+        return int(value)
     # no id has 20 digits, and int() raises for thousands
     is_number = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20
     return int(value) if is_number else value
@@ -274,9 +301,14 @@ def _place(entry: Entry, width: str = "w", height: str = "h") -> dict[str, float
         height: entry.get("h", entry.get("height")),
     }
     for name, side in sides.items():
-        if type(side) is not int and (type(side) is not float or not math.isfinite(side)):
+        if not _is_number(side):
             raise MalformedError(f"{name} is no number")
-    return sides
+    return {name: side if type(side) is int else float(side) for name, side in sides.items()}
+
+
+def _is_number(value: Any) -> bool:
+    """As ijson reads them, and one that a picture can have; a truth value is none."""
+    return type(value) in (int, Decimal) and abs(value) <= LARGEST
 
 
 def _texts(value: Any, name: str) -> list[str]:
@@ -289,8 +321,9 @@ def _texts(value: Any, name: str) -> list[str]:
 
 def _size(entry: Entry) -> Entry:
     width, height, url = entry.get("width", 0), entry.get("height", 0), entry.get("url")
-    if not all(type(side) in (int, float) and 1 <= side < math.inf for side in (width, height)):
+    if not all(_is_number(side) and side >= 1 for side in (width, height)):
         raise MalformedError("a picture without a size")
+    width, height = (side if type(side) is int else float(side) for side in (width, height))
     return {"width": width, "height": height, "url": url if isinstance(url, str) else ""}
 
 
@@ -330,7 +363,9 @@ def _question(entry: Entry) -> tuple[int, Entry]:
         objects = entry.get(name) or []
         if not isinstance(objects, list) or not all(isinstance(o, dict) for o in objects):
             raise MalformedError(f"{name} are no objects")
-        read[name] = [{"object_id": _id(o, "object_id"), **(_place(o) if "x" in o else {})} for o in objects]
+        read[name] = [
+            {"object_id": _id(o, "object_id"), **({} if o.get("x") is None else _place(o))} for o in objects
+        ]
     if isinstance(entry.get("category"), str):
         read["category"] = entry["category"]  # drawn scenes have one
     return key, read
@@ -350,7 +385,8 @@ def find_pictures(folder: Path) -> dict[int, str]:
     for place in (folder, *(folder / name for name in FOLDERS)):
         if place.is_dir():
             for path in sorted(place.iterdir()):
-                if path.suffix.lower() in SUFFIXES and path.stem.isascii() and path.stem.isdigit():
+                is_named = path.suffix.lower() in SUFFIXES and path.stem.isascii() and path.stem.isdigit()
+                if is_named and path.is_file() and path.stat().st_size:  # what was cut off unpacking is empty
                     found.setdefault(int(path.stem), path.relative_to(folder).as_posix())
     return found
 

@@ -266,6 +266,8 @@ def _records(path: Path, stream: IO[bytes], opens: str) -> Iterator[Any]:
         for entry in read(stream, "item" if opens == "[" else ""):
             yield entry
             count += 1
+    except InputError:  # a ValueError too
+        raise
     except (ijson.JSONError, ValueError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError) as error:
         why = str(error.args[0] if error.args else error)
         why = why if isinstance(why, str) else repr(why)

@@ -166,16 +166,14 @@ def save_checkpoint(
     for name in hub.SMALL:
         if name.startswith(COPIED) and (source / name).exists():
             shutil.copyfile(source / name, folder / name)
-    preprocessor = checkpoint.preprocessor
+    written = {"preprocessor_config.json": checkpoint.preprocessor}
     if manifest.image.fit == "pad":  # transformers' CLIP processor would not, whatever it is told
-        preprocessor = {**preprocessor, "do_pad": True, "image_processor_type": "LlavaImageProcessor"}
+        written["preprocessor_config.json"] |= {"do_pad": True, "image_processor_type": "LlavaImageProcessor"}
     if (source / "processor_config.json").exists():
         processor = read_json(source / "processor_config.json", "")
         processor.pop("image_processor", None)  # since transformers 5; here it has a file of its own
-        (folder / "processor_config.json").write_text(
-            json.dumps(processor, indent=2) + "\n", encoding="utf-8"
-        )
-    declared = {
+        written["processor_config.json"] = processor
+    written["dualfocus.json"] = {
         "prompts": dataclasses.asdict(manifest.prompts),
         "coordinates": manifest.coordinates,
         "box": None if manifest.box is None else dataclasses.asdict(manifest.box),
@@ -183,10 +181,7 @@ def save_checkpoint(
         "max_new_tokens": manifest.max_new_tokens,
         "fit": manifest.image.fit,
     }
-    for name, content in (
-        ("preprocessor_config.json", preprocessor),
-        ("dualfocus.json", declared),
-    ):
+    for name, content in written.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

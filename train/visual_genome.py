@@ -141,7 +141,7 @@ class Annotations:
 
     def _take(self, name: str, entry: Any, count: Counter[str]) -> None:
         if name == MAPPING:
-            pair = dict(zip(("qa_id", "region_id"), map(_digits, entry), strict=True))
+            pair = dict(zip(("qa_id", "region_id"), entry, strict=True))
             question, region = _id(pair, "qa_id"), _id(pair, "region_id")
             self._questions.append(question)
             self._regions.append(region)
@@ -302,15 +302,18 @@ def _place(entry: Entry, width: str = "w", height: str = "h") -> dict[str, float
         width: entry.get("w", entry.get("width")),
         height: entry.get("h", entry.get("height")),
     }
-    for name, side in sides.items():
-        if not _is_number(side):
+    read = {name: _number(side) for name, side in sides.items()}
+    for name, number in read.items():
+        if number is None:
             raise MalformedError(f"{name} is no number")
-    return {name: side if type(side) is int else float(side) for name, side in sides.items()}
+    return read
 
 
-def _is_number(value: Any) -> bool:
-    """As ijson reads them, and one that a picture can have; a truth value is none."""
-    return type(value) in (int, Decimal) and abs(value) <= LARGEST
+def _number(value: Any) -> Any:
+    """What ijson read as a number, if it is one that a picture can have, else None; a truth value is none."""
+    if type(value) not in (int, Decimal) or abs(value) > LARGEST:
+        return None
+    return value if type(value) is int else float(value)
 
 
 def _texts(value: Any, name: str) -> list[str]:
@@ -322,10 +325,9 @@ def _texts(value: Any, name: str) -> list[str]:
 
 
 def _size(entry: Entry) -> Entry:
-    width, height, url = entry.get("width", 0), entry.get("height", 0), entry.get("url")
-    if not all(_is_number(side) and side >= 1 for side in (width, height)):
+    width, height, url = _number(entry.get("width")), _number(entry.get("height")), entry.get("url")
+    if width is None or height is None or min(width, height) < 1:
         raise MalformedError("a picture without a size")
-    width, height = (side if type(side) is int else float(side) for side in (width, height))
     return {"width": width, "height": height, "url": url if isinstance(url, str) else ""}
 
 

@@ -105,7 +105,7 @@ def ask(
 ) -> None:
     """Answer questions about a picture."""
     with _errors():
-        from dualfocus.runtime import Bundle, FocusRunner, PlainRunner, open_picture
+        from dualfocus.runtime import Bundle, DualFocus, Reference, open_picture
         from dualfocus.runtime.bundle import BUILT_IN
         from dualfocus.runtime.errors import InputError
         from dualfocus.runtime.turns import Turns
@@ -123,14 +123,14 @@ def ask(
             Turns(model.manifest, model.tokenizer, question).check_length(macro_only=mode == "macro")
 
         if plain:
-            reference = PlainRunner(model, select=select, on_stage=waiting.say)
+            reference = Reference(model, select=select, on_stage=waiting.say)
 
             def answer(question: str) -> FocusResult:
                 with waiting:
                     return reference.ask(pixels, question, mode)
         else:
-            session = FocusRunner(
-                model, select=select, free_box=free_box, skip_above=skip_above, cache_mb=cache_mb
+            session = DualFocus(
+                model, select=select, free_box=free_box, skip_above=skip_above, slots=2, cache_mb=cache_mb
             ).session(pixels)
             follow = _watch if _watched(sys.stdout) and not as_json else waiting.follow
 
@@ -439,7 +439,7 @@ def evaluate(
 
         from dualfocus.bench import accuracy, questions
         from dualfocus.bench.answers import Answers, Line, Run
-        from dualfocus.runtime import Bundle, FocusRunner
+        from dualfocus.runtime import DualFocus
         from dualfocus.runtime.bundle import BUILT_IN, read_manifest
         from dualfocus.runtime.errors import InputError
 
@@ -468,8 +468,8 @@ def evaluate(
                 return cluster.ask_all(
                     ray, run, todo, bundle=bundle, device=device, target=manifest.target, threads=threads
                 )
-            model = Bundle.open(bundle or BUILT_IN, device=device, threads=threads)
-            return accuracy.ask_all(FocusRunner(model), run, todo)
+            model = DualFocus(bundle or BUILT_IN, device=device, threads=threads)
+            return accuracy.ask_all(model, run, todo)
 
         try:
             with Answers(out, run) as answers, _progress() as watch:

@@ -1,15 +1,17 @@
 """What share of a benchmark's questions is answered right: macro, micro, dual, and the better of the two.
 
-One run in dual mode tells all columns. Questions are asked in the benchmark's order, each answer is written
-down before the next question (`answers`), and the table is made of what is written: ``dualfocus eval`` on a
-finished file asks nothing.
+One run in dual mode tells all columns. Questions are asked several at once. Their answers are written down in
+the benchmark's order, each as it comes (`answers`), and the table is made of what is written: ``dualfocus
+eval`` on a finished file asks nothing.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import statistics
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ from dualfocus.bench import harness, scorers
 from dualfocus.bench.answers import Answers, Line, Run, fingerprint
 from dualfocus.bench.harness import Watch
 from dualfocus.bench.questions import Asked, Benchmark, File, Source
-from dualfocus.runtime import FocusRunner, InputError
+from dualfocus.runtime import DualFocus, InputError
 from dualfocus.runtime.image import Picture
 from dualfocus.runtime.manifest import Manifest
 
@@ -28,17 +30,27 @@ if TYPE_CHECKING:
 Ask = Callable[[Sequence[Asked]], Iterable[Line]]  # in any order, as they come
 
 
-def ask_all(runner: FocusRunner, run: Run, questions: Iterable[Asked]) -> Iterator[Line]:
-    """Answer every question; of neighbours about one picture, it is read once."""
-    latest: tuple[Source, Picture] | None = None
-    for asked in questions:
+def ask_all(model: DualFocus, run: Run, questions: Iterable[Asked]) -> Iterator[Line]:
+    """Answer every question, several at once, in order; of neighbours about one picture, it is read once."""
+    latest: dict[Source, Picture] = {}
+    pictures: deque[Picture] = deque()
+
+    def picture(asked: Asked) -> Picture:
+        if asked.picture not in latest:
+            found = asked.picture.read()
+            latest.clear()
+            latest[asked.picture] = found
+        pictures.append(latest[asked.picture])
+        return pictures[-1]
+
+    ours, theirs = itertools.tee(questions)
+    answers = model.ask_many(((functools.partial(picture, a), a.question) for a in theirs), run.mode)
+    for asked in ours:
         try:
-            if latest is None or latest[0] != asked.picture:
-                latest = asked.picture, asked.picture.read()
-            result = runner.ask(latest[1], asked.question, run.mode)
+            result = next(answers)
         except InputError as error:
             raise InputError(f"question {asked.id}: {error}") from None
-        yield run.line(asked, latest[1], result)
+        yield run.line(asked, pictures.popleft(), result)
 
 
 def answer_all(

@@ -24,7 +24,7 @@ from typing import Any
 from dualfocus.bench.questions import Asked, Key
 from dualfocus.runtime import FocusResult, InputError
 from dualfocus.runtime.image import Picture
-from dualfocus.runtime.pool import image_name
+from dualfocus.runtime.prefix_cache import image_name
 from dualfocus.runtime.result import Answer, Mode
 
 Line = dict[str, Any]

@@ -22,7 +22,7 @@ from typing import Any
 from dualfocus.bench import accuracy
 from dualfocus.bench.answers import Line, Run
 from dualfocus.bench.questions import Asked
-from dualfocus.runtime import Bundle, FocusRunner, InputError, devices
+from dualfocus.runtime import Bundle, DualFocus, InputError, devices
 from dualfocus.runtime.bundle import BUILT_IN
 from dualfocus.runtime.errors import DeviceError
 from dualfocus.runtime.manifest import Target
@@ -148,17 +148,17 @@ class _Worker:
         self._threads = threads
 
     @cached_property
-    def _runner(self) -> FocusRunner:
-        model = Bundle.open(self._bundle, device=self._device, threads=self._threads)
-        if model.digest[:16] != self._run.bundle:
+    def _model(self) -> DualFocus:
+        bundle = Bundle.open(self._bundle, device=self._device, threads=self._threads)
+        if bundle.digest[:16] != self._run.bundle:
             raise InputError(f"{self._bundle} is another bundle on {socket.gethostname()}, expected the same")
-        return FocusRunner(model)
+        return DualFocus(bundle)
 
     def __call__(self, batch: Mapping[str, Sequence[bytes]]) -> dict[str, list[str]]:
         """Lists of questions about one picture each, pickled; lists of their lines, in JSON."""
         try:
             found = [
-                list(accuracy.ask_all(self._runner, self._run, pickle.loads(questions)))
+                list(accuracy.ask_all(self._model, self._run, pickle.loads(questions)))
                 for questions in batch["questions"]
             ]
         except InputError as error:

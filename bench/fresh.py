@@ -50,7 +50,7 @@ def main() -> None:
     stamps = [job["began"], started]
     import dualfocus.cli  # noqa: F401  (part of what a user waits for)
     from dualfocus.bench.scripted import ScriptedDecoder
-    from dualfocus.runtime import Bundle, FocusRunner, open_picture
+    from dualfocus.runtime import Bundle, DualFocus, open_picture
 
     stamps.append(time.perf_counter())
     pixels = open_picture(job["picture"])
@@ -61,8 +61,8 @@ def main() -> None:
         decoder.script = {int(position): token for position, token in job["script"].items()}
         bundle = dataclasses.replace(bundle, decoder=decoder)
     stamps.append(time.perf_counter())
-    session = FocusRunner(bundle).session(pixels)  # named, so that it is there when memory is looked at
-    result = session.ask(job["question"])
+    model = DualFocus(bundle)  # named, so that it is there when memory is looked at
+    result = model.ask(pixels, job["question"])
     stamps.append(time.perf_counter())
     times = {step: 1e3 * (stamps[i + 1] - stamps[i]) for i, step in enumerate(STEPS)}
     print(json.dumps({"answer": result.answer, "times_ms": times, **memory()}))

@@ -9,7 +9,6 @@ and stand beside what was derived. Nothing is kept from one question to the next
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -21,8 +20,7 @@ from dualfocus.bench import harness
 from dualfocus.bench.harness import Watch
 from dualfocus.bench.scenes import GROUPS, asked, is_right
 from dualfocus.bench.scorers import share
-from dualfocus.runtime import Bundle, FocusRunner
-from dualfocus.runtime.scheduler import ALL
+from dualfocus.runtime import Bundle, DualFocus
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,8 +76,7 @@ def run(
 
 
 def _ask_all(bundle: Bundle, limit: int, watch: Watch) -> list[Outcome]:
-    first = dataclasses.replace(ALL, pool=False)
-    runners = {p: FocusRunner(bundle, skip_above=p, savings=first) for p in (None, 0.0, 1.0, *RUN)}
+    runners = {p: DualFocus(bundle, skip_above=p, cache_mb=0) for p in (None, 0.0, 1.0, *RUN)}
     ways = list(runners)
     outcomes = []
     for i, (picture, dialogue) in enumerate(asked(limit)):

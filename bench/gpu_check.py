@@ -20,7 +20,7 @@ import numpy as np
 from dualfocus.bench import fresh, harness
 from dualfocus.bench.scenes import held_out
 from dualfocus.kernels import cuda
-from dualfocus.runtime import Bundle, FocusRunner, PlainRunner, devices, onnx
+from dualfocus.runtime import Bundle, DualFocus, Reference, devices, onnx
 from dualfocus.runtime.devices import Device, Kind
 from dualfocus.runtime.errors import DeviceError
 from dualfocus.runtime.image import Picture
@@ -63,7 +63,7 @@ def parts(kind: Kind, precision: Precision, setup: Setup) -> Iterator[Part]:
         "reuse": lambda: _focus(bundle, asked),
         "plain": lambda: _plain(bundle, asked),
         "one by one": lambda: answers("reuse"),
-        "in batches": lambda: FocusRunner(bundle, batch=AT_ONCE).ask_many(asked),
+        "in batches": lambda: list(DualFocus(bundle, slots=2 * AT_ONCE).ask_many(asked)),
         "replayed": lambda: _recorded(2, bundle, asked),
         "not replayed": lambda: _recorded(NEVER, bundle, asked),
     }
@@ -91,12 +91,12 @@ def questions(count: int) -> Asked:
 
 
 def _focus(bundle: Bundle, asked: Asked) -> list[FocusResult]:
-    runner = FocusRunner(bundle)
+    runner = DualFocus(bundle)
     return [runner.ask(*one) for one in asked]
 
 
 def _plain(bundle: Bundle, asked: Asked) -> list[FocusResult]:
-    runner = PlainRunner(bundle, free_box=False)
+    runner = Reference(bundle, free_box=False)
     return [runner.ask(*one) for one in asked]
 
 
@@ -139,7 +139,7 @@ def _losses(result: FocusResult) -> list[float | None]:
 
 def memory(bundle: Bundle, asked: Asked, count: int) -> Figures:
     """What `count` questions leave behind, on the device and in this process, after some to warm up."""
-    runner = FocusRunner(bundle, cache_mb=1)  # which is full soon
+    runner = DualFocus(bundle, cache_mb=1)  # which is full soon
 
     def taken() -> dict[str, int]:
         host = fresh.memory()["rss_anon"]

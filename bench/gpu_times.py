@@ -32,10 +32,9 @@ from dualfocus.bench.peers import work as works
 from dualfocus.bench.peers.base import PAST, PREFILL, STEPS, Opened
 from dualfocus.bench.scripted import ScriptedDecoder
 from dualfocus.kernels import cuda
-from dualfocus.runtime import Bundle, FocusRunner, PlainRunner, onnx
+from dualfocus.runtime import Bundle, DualFocus, Reference, onnx
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.manifest import Precision
-from dualfocus.runtime.scheduler import Savings
 from dualfocus.runtime.sequence import embed
 
 if TYPE_CHECKING:
@@ -53,7 +52,6 @@ PICTURES = (1, 2, 8)  # at once, through the vision tower; of the last, `ARITHME
 ROWS = (1, 2, 8)  # decoded at once
 REPEATS = 10  # of a copy or a product, between two looks at the clock
 FRESH = 1 << 28  # bytes of weights that a product goes through before it comes to the same again
-NO_POOL = Savings(pool=False)
 
 
 def parts(precision: Precision, setup: Setup) -> Iterator[Part]:
@@ -204,7 +202,7 @@ class _Model:
     def question(self) -> Figures:
         """The whole question: the authors' protocol, ours plain, and with every saving; one pass alone."""
         picture, question = self._work.picture, self._work.question
-        full, plain = FocusRunner(self._asked, savings=NO_POOL), PlainRunner(self._asked)
+        full, plain = DualFocus(self._asked, cache_mb=0), Reference(self._asked)
         calls: dict[str, Callable[[], object]] = {
             "all savings": lambda: full.ask(picture, question),
             "macro only": lambda: full.ask(picture, question, "macro"),
@@ -243,8 +241,8 @@ class _Model:
         picture, question = self._work.picture, self._work.question
         step = max(1, picture.shape[1] // batch)
         asked = [(np.roll(picture, i * step, axis=1), question) for i in range(batch)]
-        runner = FocusRunner(self._asked, batch=batch, savings=NO_POOL)
-        timing = timed({"wave": lambda: runner.ask_many(asked)}, self._setup)["wave"]
+        model = DualFocus(self._asked, slots=2 * batch, cache_mb=0)
+        timing = timed({"wave": lambda: list(model.ask_many(asked))}, self._setup)["wave"]
         return {
             "each": dataclasses.asdict(timing.each(batch)),
             "questions/s": 1e3 * batch / timing.median,

@@ -19,7 +19,7 @@ from dualfocus.bench import harness
 from dualfocus.bench.harness import Watch
 from dualfocus.bench.scenes import GROUPS, asked, is_right
 from dualfocus.bench.scorers import paired, share
-from dualfocus.runtime import Bundle, FocusRunner
+from dualfocus.runtime import Bundle, DualFocus
 from dualfocus.runtime.result import Answer, Pass
 from dualfocus.train.curate import Dialogue
 
@@ -80,7 +80,7 @@ def run(
 
     `threads` and `spin` are the opened bundle's.
     """
-    runners = {rule: FocusRunner(bundle, select=rule) for rule in ("reference", "answer")}
+    runners = {rule: DualFocus(bundle, select=rule) for rule in ("reference", "answer")}
     judged: list[Judged] = []
     for i, (picture, dialogue) in enumerate(asked(limit)):
         watch("asking", i, limit)

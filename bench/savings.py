@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,21 +30,23 @@ from dualfocus.bench import harness
 from dualfocus.bench.harness import Watch
 from dualfocus.bench.scenes import held_out
 from dualfocus.bench.scripted import ScriptedDecoder
-from dualfocus.runtime import Bundle, FocusRunner, PlainRunner
+from dualfocus.runtime import Bundle, DualFocus, Reference
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.errors import InputError
+from dualfocus.runtime.grammar import Cursor, Grammar
 from dualfocus.runtime.image import Picture, view, whole
+from dualfocus.runtime.protocol import focus
 from dualfocus.runtime.result import FocusResult
-from dualfocus.runtime.scheduler import Savings
 from dualfocus.runtime.sequence import embed
 from dualfocus.runtime.turns import ImageToken, Turns
+from dualfocus.runtime.work import Generate, Protocol, Steps, Task
 from dualfocus.train import scenes
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 PLAIN, MACRO, SECOND, SEVERAL = "plain", "macro only", "second question", "8 at once, each"
-SAVINGS = ("images", "prefix", "batch", "forced", "draft", "select")  # as added; the pool is SECOND's
+SAVINGS = ("images", "prefix", "batch", "forced", "draft")  # as added; what outlives a question is SECOND's
 ALL = f"+ {SAVINGS[-1]}"  # the row that has them all
 AT_ONCE = 8
 SEARCHED = 400  # held-out questions among which a trained bundle's cases are looked for
@@ -165,17 +167,28 @@ class _Ways:
         self._bundle = bundle
         self._case = case
         first = case.several[0]
-        self.rows: dict[str, Callable[[], list[FocusResult]]] = {PLAIN: _asks(PlainRunner(bundle), first)}
-        taken = Savings(**{field.name: False for field in dataclasses.fields(Savings)})
-        for saving in SAVINGS:
-            taken = dataclasses.replace(taken, **{saving: True})
-            self._all = FocusRunner(bundle, savings=taken)
-            self.rows[f"+ {saving}"] = _asks(self._all, first)
-        at_once = FocusRunner(bundle, savings=taken, batch=AT_ONCE)
+        self._all = DualFocus(bundle, cache_mb=0)
+        at_once = DualFocus(bundle, cache_mb=0, slots=2 * AT_ONCE)
         pairs = [(asked.picture, asked.question) for asked in case.several]
-        self.rows[MACRO] = lambda: [self._all.ask(first.picture, first.question, "macro")]
-        self.rows[SECOND] = lambda: [self._met.ask(case.second.question)]
-        self.rows[SEVERAL] = lambda: at_once.ask_many(pairs)
+
+        def without(*savings: str) -> Callable[[], list[FocusResult]]:
+            protocol = leaving_out(savings)
+            return lambda: [self._all.submit(first.picture, first.question, protocol).result()]
+
+        def alone(reference: Reference) -> Callable[[], list[FocusResult]]:
+            return lambda: [reference.ask(first.picture, first.question)]
+
+        self.rows: dict[str, Callable[[], list[FocusResult]]] = {
+            PLAIN: alone(Reference(bundle)),
+            "+ images": alone(Reference(bundle, encode_once=True)),
+            "+ prefix": without("batch", "forced", "draft"),
+            "+ batch": without("forced", "draft"),
+            "+ forced": without("draft"),
+            ALL: lambda: [self._all.ask(first.picture, first.question)],
+            MACRO: lambda: [self._all.ask(first.picture, first.question, "macro")],
+            SECOND: lambda: [self._met.ask(case.second.question)],
+            SEVERAL: lambda: list(at_once.ask_many(pairs)),
+        }
         self.before: dict[str, Callable[[], object]] = dict.fromkeys(self.rows, lambda: self._say(first))
         self.before[SECOND] = self._meet
 
@@ -186,7 +199,7 @@ class _Ways:
     def _meet(self) -> None:
         """Ask a new runner the first question, so that the second one comes second in every round."""
         first = self._case.several[0]
-        self._met = FocusRunner(self._bundle).session(first.picture)
+        self._met = DualFocus(self._bundle).session(first.picture)
         self._say(first)
         self._met.ask(first.question)
         self._say(self._case.second)
@@ -199,7 +212,7 @@ class _Ways:
         for name in [f"+ {saving}" for saving in SAVINGS]:
             _check_same(name, results[name][0], plain)
         (macro,) = results[MACRO]
-        _check_same(MACRO, macro, PlainRunner(self._bundle).ask(first.picture, first.question, "macro"))
+        _check_same(MACRO, macro, Reference(self._bundle).ask(first.picture, first.question, "macro"))
         further = zip(
             (self._case.second, *self._case.several), (*results[SECOND], *results[SEVERAL]), strict=True
         )
@@ -210,8 +223,64 @@ class _Ways:
             )
 
 
-def _asks(runner: PlainRunner | FocusRunner, asked: Asked) -> Callable[[], list[FocusResult]]:
-    return lambda: [runner.ask(asked.picture, asked.question)]
+@dataclass(frozen=True)
+class _Stepwise:
+    """A grammar whose tokens are all decoded, one after the other, also where there is no choice."""
+
+    grammar: Grammar
+
+    def start(self) -> Cursor:
+        return _StepwiseCursor(self.grammar.start())
+
+
+@dataclass(frozen=True)
+class _StepwiseCursor:
+    cursor: Cursor
+    forced: bool = False
+
+    @property
+    def allowed(self) -> tuple[int, ...]:
+        return self.cursor.allowed
+
+    def advance(self, token: int) -> None:
+        self.cursor.advance(token)
+
+    def ahead(self) -> list[int]:
+        return []
+
+
+def leaving_out(savings: Collection[str]) -> Protocol:
+    """DualFocus without some of `SAVINGS`: "batch" yields its work one by one, "forced" decodes a box's every
+    token, "draft" shows no draft."""
+
+    def protocol(task: Task) -> Steps[FocusResult]:
+        if "forced" in savings and task.grammar is not None:
+            task = dataclasses.replace(task, grammar=_Stepwise(task.grammar))
+        result: FocusResult = yield from _without(savings, focus(task))
+        return result
+
+    return protocol
+
+
+def _without(savings: Collection[str], steps: Steps[Any]) -> Steps[Any]:
+    try:
+        work = next(steps)
+        while True:
+            items = [_item(savings, item) for item in work]
+            results = []
+            for part in [[item] for item in items] if "batch" in savings else [items]:
+                results += yield part
+            work = steps.send(results)
+    except StopIteration as end:
+        return end.value
+
+
+def _item(savings: Collection[str], item: Any) -> Any:
+    if isinstance(item, Generator):
+        return _without(savings, item)
+    if isinstance(item, Generate) and "draft" in savings:
+        return dataclasses.replace(item, draft=())
+    return item
 
 
 def _check_same(name: str, result: FocusResult, expected: FocusResult) -> None:
@@ -254,7 +323,7 @@ def fork_cost(bundle: Bundle, asked: Asked, rounds: int) -> dict[str, Any]:
 
 def found_cases(bundle: Bundle, watch: Watch) -> dict[Kind, Case]:
     """The first held-out scenes about which a trained bundle's passes agree or disagree."""
-    runner = FocusRunner(bundle)
+    model = DualFocus(bundle)
     several: dict[Kind, list[Asked]] = {kind: [] for kind in KINDS}
     pairs: dict[Kind, tuple[Asked, Asked]] = {}
     questions = held_out(SEARCHED)
@@ -262,7 +331,7 @@ def found_cases(bundle: Bundle, watch: Watch) -> dict[Kind, Case]:
     for _, group in itertools.groupby(questions, key=lambda question: question[0].seed):
         of_scene = list(group)
         picture = np.asarray(scenes.draw(of_scene[0][0]))
-        session = runner.session(picture)
+        session = model.session(picture)
         found: dict[Kind, dict[object, Asked]] = {kind: {} for kind in KINDS}  # by crop
         for _, dialogue in of_scene:
             watch("looking for questions", done, len(questions))
@@ -381,11 +450,10 @@ def show(result: Mapping[str, Any], console: Console) -> None:
 LABELS = {
     PLAIN: "the plain protocol",
     "+ images": "+ an image is encoded once",
-    "+ prefix": "+ prompts start from what is cached",
+    "+ prefix": "+ prompts and candidates start from what is cached",
     "+ batch": "+ macro and locate decode together",
     "+ forced": "+ the box under its grammar",
-    "+ draft": "+ the macro answer as draft",
-    ALL: "+ candidates as branches: all of it",
+    ALL: "+ the macro answer as draft: all of it",
     MACRO: "macro alone",
     SECOND: "second question on the picture",
     SEVERAL: "8 questions at once, each",

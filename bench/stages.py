@@ -25,7 +25,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +35,12 @@ from dualfocus.bench import energy, fresh, harness, savings
 from dualfocus.bench.harness import Timing, Watch
 from dualfocus.bench.scenes import held_out
 from dualfocus.bench.scripted import ScriptedDecoder
-from dualfocus.runtime import Bundle, FocusRunner, ReplyToken, Stage, open_picture
+from dualfocus.runtime import Bundle, DualFocus, Engine, ReplyToken, Stage, open_picture
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.engines import Decoder, Floats
 from dualfocus.runtime.errors import InputError
-from dualfocus.runtime.result import FocusResult
-from dualfocus.runtime.scheduler import ALL
+from dualfocus.runtime.protocol import focus
+from dualfocus.runtime.result import Event, FocusResult
 from dualfocus.train import scenes
 
 if TYPE_CHECKING:
@@ -118,50 +118,42 @@ class Round:
         return [at for name, _, at in self.said if name == reply]
 
 
-@dataclass
 class Asker:
-    """Asks the subject over and over."""
+    """Asks the subject over and over; nothing is kept from one time to the next."""
 
-    bundle: Bundle
-    subject: Subject
-    meter: MeteredDecoder = field(init=False)
-    runner: FocusRunner = field(init=False)
-
-    def __post_init__(self) -> None:
-        decoder = self.bundle.decoder
-        if self.subject.script:
+    def __init__(self, bundle: Bundle, subject: Subject) -> None:
+        decoder = bundle.decoder
+        if subject.script:
             decoder = ScriptedDecoder(decoder)
-            decoder.script = self.subject.script
-        self.meter = MeteredDecoder(decoder)
-        metered = dataclasses.replace(self.bundle, decoder=self.meter)
-        self.runner = FocusRunner(metered, savings=dataclasses.replace(ALL, pool=False))
+            decoder.script = subject.script
+        self._subject = subject
+        self._meter = MeteredDecoder(decoder)
+        self._engine = Engine(dataclasses.replace(bundle, decoder=self._meter), cache_mb=0)
 
     def ask(self) -> Round:
         """Once more."""
-        self.meter.calls.clear()
-        said = []
+        meter = self._meter
+        meter.calls.clear()
+        said: list[tuple[str, str, float]] = []
         begin = time.perf_counter()
-        picture = open_picture(self.subject.file)
-        opened = time.perf_counter()
-        entered = [(OPEN, begin), ("hash", opened)]
-        session = self.runner.session(picture)
-        hashed = time.perf_counter()
-        for event in session.stream(self.subject.question):
+        entered = [(OPEN, begin)]
+
+        def follow(event: Event) -> None:
             match event:
                 case Stage(name):
-                    self.meter.stage = name
-                    if name != "hash":  # which the session began
-                        entered.append((name, time.perf_counter()))
+                    meter.stage = name
+                    entered.append((name, time.perf_counter()))
                 case ReplyToken(reply):
-                    said.append((reply, self.meter.stage, time.perf_counter()))
-                case FocusResult():
-                    result = event
+                    said.append((reply, meter.stage, time.perf_counter()))
+
+        picture = open_picture(self._subject.file)
+        opened = time.perf_counter()
+        result = self._engine.run(self._engine.submit(picture, self._subject.question, focus, follow=follow))
         total = 1e3 * (time.perf_counter() - begin)
         stages = {OPEN: 1e3 * (opened - begin), **result.times_ms}
         del stages["total"]
-        stages["hash"] += 1e3 * (hashed - opened)  # the session has done it, and copied the picture
         stages[REST] = total - sum(stages.values())
-        return Round(stages, total, begin, entered, said, tuple(self.meter.calls), result)
+        return Round(stages, total, begin, entered, said, tuple(meter.calls), result)
 
 
 def run(
@@ -221,12 +213,12 @@ def find_subject(bundle: Bundle, watch: Watch = lambda *_: None) -> Subject:
         factor = (PIXELS / (image.width * image.height)) ** 0.5
         larger = image.resize((round(factor * image.width), round(factor * image.height)))
         return Subject(_encoded(larger), question, script)
-    runner = FocusRunner(bundle)
+    model = DualFocus(bundle)
     done = 0
     for _, group in by_scene:
         of_scene = list(group)
         file = _encoded(scenes.draw(of_scene[0][0]))
-        session = runner.session(open_picture(file))
+        session = model.session(open_picture(file))
         for _, dialogue in of_scene:
             watch("looking for a question", done, savings.SEARCHED)
             done += 1

@@ -1,7 +1,7 @@
 """From a bundle, a picture and a question to an answer: numpy, Pillow, tokenizers and an inference library.
 
-bundle = Bundle.open()
-result = FocusRunner(bundle).ask(open_picture("photo.jpg"), "What is written on the sign?")
+model = DualFocus()
+result = model.ask("photo.jpg", "What is written on the sign?")
 """
 
 import os
@@ -11,25 +11,37 @@ import os
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 from dualfocus.runtime.bundle import Bundle
-from dualfocus.runtime.errors import BundleError, EngineError, InputError, PictureError, QuestionError
+from dualfocus.runtime.engine import Engine
+from dualfocus.runtime.errors import (
+    BundleError,
+    BusyError,
+    EngineError,
+    InputError,
+    PictureError,
+    QuestionError,
+)
 from dualfocus.runtime.geometry import Region
 from dualfocus.runtime.image import open_picture
-from dualfocus.runtime.plain import PlainRunner
+from dualfocus.runtime.model import DualFocus, Session
+from dualfocus.runtime.reference import Reference
 from dualfocus.runtime.result import FocusResult, ReplyToken, Stage
-from dualfocus.runtime.scheduler import FocusRunner, Session
 from dualfocus.runtime.turns import Question
+from dualfocus.runtime.worker import Handle
 
 __all__ = [
     "Bundle",
     "BundleError",
+    "BusyError",
+    "DualFocus",
+    "Engine",
     "EngineError",
     "FocusResult",
-    "FocusRunner",
+    "Handle",
     "InputError",
     "PictureError",
-    "PlainRunner",
     "Question",
     "QuestionError",
+    "Reference",
     "Region",
     "ReplyToken",
     "Session",

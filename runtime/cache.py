@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,18 +17,6 @@ import numpy.typing as npt
 from dualfocus.runtime.manifest import DecoderSpec
 
 Entries = npt.NDArray[np.float32 | np.float16]
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A copy of the first entries of a row: per layer, keys then values, (kv_heads, length, head_size)."""
-
-    entries: tuple[Entries, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(array.nbytes for array in self.entries)
 
 
 class KVCache:
@@ -41,11 +28,15 @@ class KVCache:
         `memory` is the module whose arrays lie where the decoder runs: NumPy, or CuPy.
         """
         shape = (rows, spec.kv_heads, capacity, spec.head_size)
-        reserve = _reserve if memory is np else memory.zeros
         self.capacity = capacity
         self.lengths = [0] * rows
-        self.keys: list[Entries] = [reserve(shape, spec.dtype) for _ in range(spec.layers)]
-        self.values: list[Entries] = [reserve(shape, spec.dtype) for _ in range(spec.layers)]
+        self._pages: list[mmap.mmap] = []  # the host's memory of each array, where it can be given back
+        arrays = [
+            self._reserve(shape, spec.dtype) if memory is np else memory.zeros(shape, spec.dtype)
+            for _ in range(2 * spec.layers)
+        ]
+        self.keys: list[Entries] = arrays[::2]
+        self.values: list[Entries] = arrays[1::2]
 
     @property
     def nbytes(self) -> int:
@@ -70,29 +61,26 @@ class KVCache:
             array[target, :, kept:length] = array[source, :, kept:length]
         self.lengths[target] = length
 
-    def save(self, row: int, length: int) -> Snapshot:
-        """A copy of the first `length` tokens of row `row`."""
-        assert length <= self.lengths[row], f"row {row} holds {self.lengths[row]} tokens, not {length}"
-        return Snapshot(tuple(array[row, :, :length].copy() for array in self.keys + self.values))
+    def clear(self, row: int) -> None:
+        """Empty row `row`, and give the host's memory of it back to the system."""
+        self.lengths[row] = 0
+        size = self.nbytes // (len(self.lengths) * 2 * len(self.keys))
+        first, last = -(-row * size // mmap.PAGESIZE), (row + 1) * size // mmap.PAGESIZE
+        if first < last:
+            for pages in self._pages:
+                pages.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
 
-    def load(self, row: int, snapshot: Snapshot) -> None:
-        """Make row `row` hold what `snapshot` does."""
-        length = snapshot.entries[0].shape[1]
-        for array, entries in zip(self.keys + self.values, snapshot.entries, strict=True):
-            array[row, :, :length] = entries
-        self.lengths[row] = length
+    def _reserve(self, shape: tuple[int, ...], dtype: str) -> Entries:
+        """Zeros that take memory page by page as they are written to.
 
-
-def _reserve(shape: tuple[int, ...], dtype: str) -> Entries:
-    """Zeros that take memory page by page as they are written to.
-
-    NumPy asks the system for huge pages, of which one is all that a head of a row may ever hold.
-    """
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    if not hasattr(mmap, "MADV_NOHUGEPAGE"):
-        return np.zeros(shape, dtype)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a system without huge pages
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-    zeros: Entries = np.frombuffer(memory, dtype).reshape(shape)
-    return zeros
+        NumPy asks the system for huge pages, of which one is all that a head of a row may ever hold.
+        """
+        if not hasattr(mmap, "MADV_NOHUGEPAGE"):
+            return np.zeros(shape, dtype)
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a system without huge pages
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+        self._pages.append(pages)
+        zeros: Entries = np.frombuffer(pages, dtype).reshape(shape)
+        return zeros

@@ -18,7 +18,11 @@ class QuestionError(InputError):
 
 
 class EngineError(InputError):
-    """No inference library is installed."""
+    """No inference library is installed, or the model cannot be asked: it was closed, or this is a fork."""
+
+
+class BusyError(InputError):
+    """Too many questions wait already."""
 
 
 class DeviceError(InputError):

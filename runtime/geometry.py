@@ -86,6 +86,15 @@ class Region:
     crop: Crop | None = None
     problem: str | None = None
 
+    def moved(self, right: int, down: int) -> Region:
+        """The region of a part of a picture, in pixels of the picture."""
+        box, crop = self.box, self.crop
+        if box is not None:
+            box = Box(box.x0 + right, box.y0 + down, box.x1 + right, box.y1 + down, box.space)
+        if crop is not None:
+            crop = (crop[0] + right, crop[1] + down, crop[2] + right, crop[3] + down)
+        return Region(box, crop, self.problem)
+
 
 def find_region(reply: str, space: CoordinateSpace, width: int, height: int, image: ImageSpec) -> Region:
     """Read the first four comma-separated numbers of `reply` as a box and make its crop."""

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from operator import itemgetter
+from typing import Protocol
 
 from tokenizers import Tokenizer
 
@@ -34,6 +35,31 @@ Parts = tuple[Tokens, ...]  # its spelling: up to the end of each number, then u
 
 # Two questions, so that a spelling that depends on what was asked is noticed.
 _QUESTIONS = ("Where is it?", "left 0 [1, 2")
+
+
+class Cursor(Protocol):
+    """A place in a reply that a grammar holds."""
+
+    @property
+    def allowed(self) -> Tokens:
+        """The tokens that may come next; empty only at the end."""
+
+    @property
+    def forced(self) -> bool:
+        """There is no choice: `allowed` is one token."""
+
+    def advance(self, token: int) -> None:
+        """Take `token`, which must be one of `allowed`."""
+
+    def ahead(self) -> list[int]:
+        """The tokens that are worth computing before they are chosen."""
+
+
+class Grammar(Protocol):
+    """What a reply is held to. Immutable."""
+
+    def start(self) -> Cursor:
+        """A cursor at the reply's first token."""
 
 
 LIKELY = 0.9  # of the numbers still possible: a token that so many begin with is worth trying unasked
@@ -91,6 +117,11 @@ class BoxCursor:
     def done(self) -> bool:
         """The end token has been taken."""
         return len(self._numbers) == len(self._parts)
+
+    @property
+    def forced(self) -> bool:
+        """There is no choice: `allowed` is one token."""
+        return len(self.allowed) == 1
 
     def advance(self, token: int) -> None:
         """Take `token`, which must be one of `allowed`."""

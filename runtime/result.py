@@ -13,7 +13,7 @@ from dualfocus.runtime.turns import Question
 
 Mode = Literal["dual", "macro", "micro"]
 Pass = Literal["macro", "micro"]
-ReplyName = Literal["macro", "locate", "micro"]
+ReplyName = str  # "macro", "locate", "micro", or what another protocol calls its own
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Answer:
 class Counters:
     """What an answer cost. `tokens_prefilled` + `tokens_reused` is what the plain protocol prefills.
 
-    Of several questions asked at once, each counts the images that were encoded for it first, and the
-    decoder calls that it took part in.
+    Of several questions at once, each counts the images that were encoded for it first, and the decoder calls
+    that it took part in.
     """
 
     vision_encodes: int = 0  # images encoded
@@ -123,8 +123,9 @@ class FocusResult:
     macro: Answer | None
     located: Generation | None
     micro: Answer | None
-    counters: Counters
-    times_ms: dict[str, float] = field(compare=False)
+    # what it cost: filled in by whatever executes the protocol
+    counters: Counters = field(default_factory=Counters)
+    times_ms: dict[str, float] = field(default_factory=dict, compare=False)
 
     @classmethod
     def conclude(
@@ -133,8 +134,6 @@ class FocusResult:
         located: Generation | None,
         region: Region,
         micro: Answer | None,
-        counters: Counters,
-        times_ms: dict[str, float],
         *,
         skipped: bool = False,
     ) -> FocusResult:
@@ -158,8 +157,6 @@ class FocusResult:
             macro,
             located,
             micro,
-            counters,
-            times_ms,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""A row of the KV cache that knows which tokens it holds, so that only what is new is computed.
+"""What a slot of the KV cache holds: its tokens, and what is known of them. Only what is new is computed.
 
-A row is brought to a prompt by keeping the longest common prefix of tokens and computing the rest.
-Branching from an image, going on from a reply, scoring a second candidate and a second question on the
-same picture are all that one operation. What has been computed once about a token stays known: a row
-remembers the log-probabilities of branches that were cut off, as long as what they branched from stands.
+A slot is brought to a prompt by keeping the longest common prefix of tokens and computing the rest. Branching
+from an image, continuing after a reply, scoring a second candidate and a second question about the same
+picture are all that one operation. A log-probability that was computed once stays known: a slot remembers
+those of branches that were cut off, as long as what they branched from stands.
 """
 
 from __future__ import annotations
@@ -17,26 +17,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dualfocus.runtime.cache import KVCache, Snapshot
+from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.engines import Array, Decoder, DeviceLogits, Floats, Logits, TokenIds
 from dualfocus.runtime.turns import Token
 
 # (vocabulary, D), row i embeds token i; or the ids alone, for a decoder that looks them up itself
 Table = npt.NDArray[np.float32 | np.float16] | range
 UNKNOWN = float("nan")  # the log-probability of a token that no pass had to look at
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """The beginning of a row, kept apart from it."""
-
-    tokens: tuple[Token, ...]
-    snapshot: Snapshot
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.snapshot.nbytes
 
 
 class CachedSequence:
@@ -76,7 +63,7 @@ class CachedSequence:
         return [found[position] for position in at]
 
     def cut(self, length: int) -> None:
-        """Forget the tokens beyond the first `length`, not what was known of them."""
+        """Truncate to `length`; keep the removed branch's log-probabilities."""
         if length < len(self.tokens):
             self._cut_off = [branch for branch in self._cut_off if branch[0] <= length]
             self._cut_off.append((length, self.tokens[length:], self._logprobs[length:]))
@@ -84,12 +71,13 @@ class CachedSequence:
             del self.tokens[length:], self._logprobs[length:]
         self._cache.truncate(self.row, length)  # last: the cache may hold more than the row knows of
 
-    def forget_branches(self) -> None:
-        """Forget what was known of tokens that were cut off."""
+    def forget(self) -> None:
+        """Keep the tokens alone: no logits, nothing of branches that were cut off."""
+        self._logits.clear()
         self._cut_off.clear()
 
     def forget_logits(self, before: int) -> None:
-        """Forget the logits after positions below `before`, which are no choice's; they take much memory."""
+        """Forget the logits after positions below `before`, which no choice needs; they take much memory."""
         self._logits = {at: logits for at, logits in self._logits.items() if at >= before}
 
     def fork_from(self, source: CachedSequence, length: int) -> None:
@@ -102,16 +90,14 @@ class CachedSequence:
         if (following := source.logits(length - 1)) is not None:
             self._logits[length - 1] = following
 
-    def save(self, length: int) -> Prefix:
-        """A copy of the first `length` tokens."""
-        return Prefix(tuple(self.tokens[:length]), self._cache.save(self.row, length))
+    def clear(self) -> None:
+        """Hold nothing, and give memory back."""
+        self.tokens, self._logprobs, self._logits, self._cut_off = [], [], {}, []
+        self._cache.clear(self.row)
 
-    def load(self, prefix: Prefix) -> None:
-        """Hold what `prefix` does."""
-        self.cut(0)
-        self._cache.load(self.row, prefix.snapshot)
-        self.tokens += prefix.tokens
-        self._logprobs += [UNKNOWN] * len(prefix.tokens)
+    def shows_images(self, start: int) -> bool:
+        """Whether there is an image's token at `start` or behind it."""
+        return any(not isinstance(token, int) for token in self.tokens[start:])
 
     def computed(self, tokens: Sequence[Token], logits: Mapping[int, Logits]) -> None:
         """`tokens` were appended to the cache, and gave `logits` (vocabulary,) after some positions."""
@@ -141,6 +127,21 @@ class Extension:
         sequence.cut(min([common, *(at for at in after if sequence.logits(at) is None)]))
         wanted = [at for at in after if sequence.logits(at) is None]  # with what was known behind the cut
         return cls(sequence, tokens[len(sequence.tokens) :], wanted)
+
+    def split(self, length: int) -> tuple[Extension, Extension]:
+        """The first `length` tokens, and the rest."""
+        end = len(self.sequence.tokens) + length
+        before, after = [at for at in self.logits_at if at < end], [at for at in self.logits_at if at >= end]
+        return (
+            Extension(self.sequence, self.tokens[:length], before),
+            Extension(self.sequence, self.tokens[length:], after),
+        )
+
+    def prefix(self, tokens: Sequence[Token]) -> int:
+        """How many of `tokens` the sequence will hold at its beginning, once it is extended."""
+        held = len(self.sequence.tokens)
+        common = common_prefix(self.sequence.tokens, tokens)
+        return common if common < held else held + common_prefix(self.tokens, tokens[held:])
 
 
 def extend(

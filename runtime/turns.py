@@ -9,6 +9,7 @@ question and no reply can add an image.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -184,7 +185,8 @@ class Prompt:
 class Turns:
     """The protocol's four prompts for one question, ready for the decoder.
 
-    `whole` and `crop` name the two images; `reply` is the model's box, as text.
+    `image` names the image that a prompt looks at, `crop` the region of it that the model's box `reply`
+    led to. In `within` a crop, both images and the box before it come first.
     """
 
     def __init__(self, manifest: Manifest, tokenizer: Tokenizer, question: str | Question) -> None:
@@ -201,25 +203,34 @@ class Turns:
         self._tokenizer = tokenizer
         own = Wording(prompts.locate, prompts.locate, prompts.select)
         self._wording = question.wording if prompts == DUALFOCUS else own
+        self._images: tuple[str, ...] = ()
+        self._history: tuple[Turn, ...] = ()
 
-    def macro(self, whole: str) -> Prompt:
+    def within(self, image: str, reply: str) -> Turns:
+        """The prompts about a crop of `image`, behind the box `reply` that led to it."""
+        turns = copy.copy(self)
+        turns._images = (*self._images, image)
+        turns._history = (*self._history, Turn(self._wording.history, reply))
+        return turns
+
+    def macro(self, image: str) -> Prompt:
         """Step 1: the question, on the whole picture."""
-        return self._prompt([whole], Turn(self._manifest.prompts.macro))
+        return self._prompt([image], Turn(self._manifest.prompts.macro))
 
-    def locate(self, whole: str) -> Prompt:
+    def locate(self, image: str) -> Prompt:
         """Step 2: where to look."""
-        return self._prompt([whole], Turn(self._wording.locate))
+        return self._prompt([image], Turn(self._wording.locate))
 
-    def micro(self, whole: str, crop: str, reply: str) -> Prompt:
+    def micro(self, image: str, crop: str, reply: str) -> Prompt:
         """Step 3: the question, on both images, with step 2 as history."""
         history = Turn(self._wording.history, reply)
-        return self._prompt([whole, crop], history, Turn(self._manifest.prompts.micro))
+        return self._prompt([image, crop], history, Turn(self._manifest.prompts.micro))
 
-    def select(self, whole: str, crop: str, reply: str, candidate: str) -> Prompt:
-        """Step 4: a candidate answer to be scored; its replies are the box and the candidate."""
+    def select(self, image: str, crop: str, reply: str, candidate: str) -> Prompt:
+        """Step 4: a candidate answer to be scored; its replies are the boxes and the candidate."""
         wording = self._wording
         scored = Turn(wording.select, wording.candidate.replace("{answer}", candidate))
-        return self._prompt([whole, crop], Turn(wording.history, reply), scored)
+        return self._prompt([image, crop], Turn(wording.history, reply), scored)
 
     def check_length(self, *, macro_only: bool) -> None:
         """Raise QuestionError if a prompt, with the longest replies, would not fit the model's context."""
@@ -237,7 +248,8 @@ class Turns:
 
     def _prompt(self, images: Sequence[str], *turns: Turn) -> Prompt:
         manifest = self._manifest
-        pieces = render(manifest.prompts, self.question, turns)
+        pieces = render(manifest.prompts, self.question, [*self._history, *turns])
+        images = [*self._images, *images]
         prompt = tokenize(pieces, self._tokenizer, manifest.tokens, images, manifest.image.tokens)
         if len(prompt.tokens) > manifest.decoder.context:
             raise _too_long(len(prompt.tokens), manifest)

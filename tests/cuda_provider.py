@@ -14,7 +14,7 @@ from typing import Any
 import emulated
 import numpy as np
 
-from dualfocus.runtime import Bundle, FocusRunner, devices, onnx
+from dualfocus.runtime import Bundle, DualFocus, devices, onnx
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.engines import TokenIds
 
@@ -79,7 +79,7 @@ def main(library: str, folder: str) -> dict[str, Any]:
     report["prompt between"] = during(lambda: extend([0], prompt))
     report["steps again"] = {name: [step(rows) for _ in range(100)] for name, rows in STEPS.items()}
 
-    runner = FocusRunner(bundle)
+    runner = DualFocus(bundle)
     picture = np.random.default_rng(7).integers(0, 256, (90, 120, 3), np.uint8)
     report["asked"] = []
     for _ in range(4):

@@ -8,7 +8,7 @@ than 1e-3 either may come: such a first divergence is counted, and nothing that 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -19,34 +19,11 @@ from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.grammar import BoxGrammar
 from dualfocus.runtime.image import Picture, view, whole
 from dualfocus.runtime.result import Answer, FocusResult, Generation, ReplyName
-from dualfocus.runtime.scheduler import Savings
 from dualfocus.runtime.sequence import embed
 from dualfocus.runtime.turns import Prompt, Question, Turns
 
 TOLERANCE = 1e-4  # of losses and log-probabilities
 TIE = 1e-3  # logits of the plain runner closer than this may swap
-
-SWITCHES = tuple(Savings.__dataclass_fields__)
-
-
-def savings(taken: Sequence[bool]) -> Savings:
-    """The savings `taken`, in the order of `SWITCHES`."""
-    return Savings(**dict(zip(SWITCHES, taken, strict=True)))
-
-
-def pairwise() -> Iterator[Savings]:
-    """Eight runs in which any two of seven switches meet in all four positions: the orthogonal array L8."""
-    assert len(SWITCHES) == 7
-    for run in range(8):
-        yield savings([(run & column).bit_count() % 2 == 0 for column in range(1, 8)])
-
-
-def arrangements() -> dict[str, Savings]:
-    """Each saving alone, each left out, none, and the pairwise array; "all" is not among them."""
-    alone = {f"only-{name}": savings([name == other for other in SWITCHES]) for name in SWITCHES}
-    without = {f"no-{name}": savings([name != other for other in SWITCHES]) for name in SWITCHES}
-    array = {f"pairwise-{run}": taken for run, taken in enumerate(pairwise()) if taken != Savings()}
-    return {"none": savings([False] * len(SWITCHES))} | alone | without | array
 
 
 @dataclass(frozen=True)

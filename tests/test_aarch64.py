@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from dualfocus.export import export_bundle
-from dualfocus.runtime import Bundle, FocusRunner, open_picture
+from dualfocus.runtime import Bundle, DualFocus, open_picture
 from dualfocus.runtime.bundle import BUILT_IN
 from dualfocus.runtime.manifest import Precision
 
@@ -113,7 +113,7 @@ def test_the_built_in_model_answers_alike(
 ) -> None:
     """ONNX Runtime's ARM kernels: the same answers from the same region, and about the same losses."""
     bundle, question = bundles[precision], QUESTION.read_text().strip()
-    here = FocusRunner(Bundle.open(bundle, threads=1)).ask(open_picture(str(PICTURE)), question)
+    here = DualFocus(Bundle.open(bundle, threads=1)).ask(open_picture(str(PICTURE)), question)
     told = run(
         *("-m", "dualfocus.cli", "ask", PICTURE, question, "--bundle", bundle, "--json"),
         cwd=tmp_path,

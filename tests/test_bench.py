@@ -20,7 +20,7 @@ from dualfocus import cli, kernels
 from dualfocus.bench import crop, gate, harness, rules, savings
 from dualfocus.bench.scripted import PUSH, ScriptedDecoder
 from dualfocus.export import export_bundle
-from dualfocus.runtime import Bundle, FocusRunner
+from dualfocus.runtime import Bundle, DualFocus
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.errors import InputError
 from dualfocus.runtime.result import Answer, Generation, Pass
@@ -218,13 +218,13 @@ def test_savings_as_a_table(random_bundle: Path) -> None:
 
 
 def test_a_wrong_answer_is_noticed(random_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ask = FocusRunner.ask
+    ask = DualFocus.ask
 
-    def wrong(runner: FocusRunner, *args: Any) -> Any:
+    def wrong(runner: DualFocus, *args: Any) -> Any:
         result = ask(runner, *args)
         return dataclasses.replace(result, located=result.macro.generation) if result.macro else result
 
-    monkeypatch.setattr(FocusRunner, "ask", wrong)
+    monkeypatch.setattr(DualFocus, "ask", wrong)
     with pytest.raises(RuntimeError, match=r"\+ images gives"):
         savings.run(Bundle.open(random_bundle, threads=1), 2, 1)
 

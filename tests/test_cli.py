@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from dualfocus import cli
-from dualfocus.runtime import Bundle, FocusRunner
+from dualfocus.runtime import Bundle, DualFocus
 from dualfocus.runtime.show import annotate
 
 COUNTERS = [
@@ -94,7 +94,7 @@ def test_json_with_both_passes(photo, bundle):
 @pytest.mark.parametrize("rule", ["reference", "answer"])
 def test_the_rule_can_be_chosen(photo, bundle, rule):
     answer = json.loads(ask(photo, "What is it?", "--json", "--select", rule, bundle=bundle).stdout)
-    expected = FocusRunner(Bundle.open(bundle, threads=1), select=rule).ask(
+    expected = DualFocus(Bundle.open(bundle, threads=1), select=rule).ask(
         np.asarray(Image.open(photo)), "What is it?"
     )
     assert answer["macro"]["loss"] == pytest.approx(expected.macro.loss)
@@ -209,7 +209,7 @@ def test_readable_output_of_several_questions_names_them(photo, bundle):
 
 
 def test_readable_output_obeys_no_control_codes(photo, bundle, monkeypatch):
-    monkeypatch.setattr("dualfocus.runtime.scheduler.micro_answer", lambda _: "a\x1b[2J\x07b\nc")
+    monkeypatch.setattr("dualfocus.runtime.engine.micro_answer", lambda _: "a\x1b[2J\x07b\nc")
     output = ask(photo, "What?", "--mode", "micro", bundle=bundle).stdout
     assert output.splitlines()[0] == "a\ufffd[2J\ufffdb c"
 
@@ -238,7 +238,7 @@ def test_show_without_a_box_and_over_an_old_file(photo, bundle, tmp_path):
 
 def test_show_of_a_box_far_beyond_the_picture(photo, bundle, tmp_path):
     picture = np.asarray(Image.open(photo))
-    runner = FocusRunner(Bundle.open(bundle, threads=1))
+    runner = DualFocus(Bundle.open(bundle, threads=1))
     result = runner.ask(picture, "What?", box_reply="[0.5, 0.5, 99999999999999999999, 99999999999999999999]")
     assert result.box.x1 > 1e20
     drawn = np.asarray(annotate(picture, "What?", result))
@@ -347,7 +347,7 @@ def test_want_of_memory_is_one_sentence(photo, bundle, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(FocusRunner, "__init__", fail)
+    monkeypatch.setattr(DualFocus, "__init__", fail)
     assert "not enough memory" in refused(run("ask", photo, "What?", "--bundle", bundle))
 
 

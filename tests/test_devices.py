@@ -26,7 +26,7 @@ from dualfocus.bench.scenes import held_out
 from dualfocus.cli import app
 from dualfocus.export import ExportError, export_bundle
 from dualfocus.kernels import cuda
-from dualfocus.runtime import Bundle, FocusRunner, PlainRunner, devices
+from dualfocus.runtime import Bundle, DualFocus, Reference, devices
 from dualfocus.runtime import onnx as engine
 from dualfocus.runtime.devices import CPU, Device
 from dualfocus.runtime.errors import DeviceError
@@ -40,7 +40,7 @@ QUESTIONS = ["What is written on the red star?", "How many blue circles are ther
 LOSS = 2e-2  # what losses in float16 may differ by from those in float32
 
 
-def ask(runner: FocusRunner | PlainRunner, questions: int) -> list[FocusResult]:
+def ask(runner: DualFocus | Reference, questions: int) -> list[FocusResult]:
     return [
         runner.ask(np.asarray(picture(i, 200 + 31 * i, 260 - 17 * i)), QUESTIONS[i % len(QUESTIONS)])
         for i in range(questions)
@@ -219,10 +219,10 @@ def test_reuse_and_batches_answer_what_plain_does(built: dict[str, Path], name: 
     bundle = Bundle.open(built[name], threads=1)
     assert bundle.device == CPU
     assert bundle.manifest.target in ON_DEVICE
-    plain = ask(PlainRunner(bundle, free_box=False), 6)
-    fast = ask(FocusRunner(bundle), 6)
+    plain = ask(Reference(bundle, free_box=False), 6)
+    fast = ask(DualFocus(bundle), 6)
     pictures = [np.asarray(picture(i, 200 + 31 * i, 260 - 17 * i)) for i in range(6)]
-    together = FocusRunner(bundle, batch=4).ask_many(
+    together = DualFocus(bundle, slots=8).ask_many(
         [(seen, QUESTIONS[i % len(QUESTIONS)]) for i, seen in enumerate(pictures)]
     )
     for expected, *others in zip(plain, fast, together, strict=True):
@@ -238,7 +238,7 @@ def test_reuse_and_batches_answer_what_plain_does(built: dict[str, Path], name: 
 
 def test_nano_in_float16_says_what_it_says_in_float32(tmp_path: Path) -> None:
     export_bundle(CHECKPOINT, tmp_path / "nano", target="cuda", precision="fp16", progress=lambda _: None)
-    exact, half = FocusRunner(Bundle.open()), FocusRunner(Bundle.open(tmp_path / "nano"))
+    exact, half = DualFocus(Bundle.open()), DualFocus(Bundle.open(tmp_path / "nano"))
     losses = 0
     for scene, asked in held_out(40):
         pixels = np.asarray(scenes.draw(scene))
@@ -298,11 +298,11 @@ def test_embeddings_are_in_the_bundle_once(built: dict[str, Path]) -> None:
 
 def test_a_gpu_answers_as_the_cpu_does(built: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     on_cpu = Bundle.open(built["cuda-fp16"])
-    expected = [*ask(FocusRunner(on_cpu), 6), *ask(PlainRunner(on_cpu), 2)]
+    expected = [*ask(DualFocus(on_cpu), 6), *ask(Reference(on_cpu), 2)]
     emulated.install(monkeypatch)
     bundle = Bundle.open(built["cuda-fp16"])
     assert bundle.device == Device("cuda")
-    found = [*ask(FocusRunner(bundle), 6), *ask(PlainRunner(bundle), 2)]
+    found = [*ask(DualFocus(bundle), 6), *ask(Reference(bundle), 2)]
     for ours, theirs in zip(found, expected, strict=True):
         assert replace(ours, times_ms={}) == replace(theirs, times_ms={})
         assert ours.counters == theirs.counters
@@ -313,7 +313,7 @@ def test_a_gpu_encodes_the_crop_while_it_decodes(
 ) -> None:
     """The region comes as soon as the box is there, before the macro answer's last token."""
     emulated.install(monkeypatch)
-    runner = FocusRunner(Bundle.open(built["cuda-fp16"]))
+    runner = DualFocus(Bundle.open(built["cuda-fp16"]))
     early = 0
     for i in range(6):
         events = list(runner.stream(np.asarray(picture(i, 200 + 31 * i, 260 - 17 * i)), QUESTIONS[i % 3]))
@@ -335,12 +335,12 @@ def test_a_gpu_cuts_crops_out_itself(built: dict[str, Path], monkeypatch: pytest
         streams.append(stream)
         out._memory[...] = kernels.crop_resize(*arguments, **options, dtype=np.float16)
 
-    expected = ask(FocusRunner(Bundle.open(built["cuda-fp16"])), 4)
+    expected = ask(DualFocus(Bundle.open(built["cuda-fp16"])), 4)
     emulated.install(monkeypatch)
     monkeypatch.setattr(cuda, "available", lambda: True)
     monkeypatch.setattr(cuda, "crop_resize", crop_resize)
     bundle = Bundle.open(built["cuda-fp16"])
-    found = ask(FocusRunner(bundle), 4)
+    found = ask(DualFocus(bundle), 4)
     assert len(streams) == sum(result.counters.vision_encodes for result in found) == 8
     assert set(streams) == {7}  # the tower's, which is the one that does not wait for others
     for ours, theirs in zip(found, expected, strict=True):
@@ -352,15 +352,15 @@ def test_what_goes_wrong_apart_is_raised_here(
 ) -> None:
     emulated.install(monkeypatch)
     bundle = Bundle.open(built["cuda-fp16"])
-    runner = FocusRunner(bundle)
+    runner = DualFocus(bundle)
     expected = ask(runner, 6)
 
     def fail(*_: object) -> None:
         raise MemoryError
 
     with monkeypatch.context() as broken:
-        broken.setattr(FocusRunner, "_encode_apart", fail)
-        runner = FocusRunner(bundle)
+        broken.setattr(DualFocus, "_encode_apart", fail)
+        runner = DualFocus(bundle)
         with pytest.raises(MemoryError):
             ask(runner, 6)
     for ours, theirs in zip(ask(runner, 6), expected, strict=True):
@@ -370,7 +370,7 @@ def test_what_goes_wrong_apart_is_raised_here(
 def test_little_is_copied_to_and_from_a_gpu(built: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     emulated.install(monkeypatch)
     bundle = Bundle.open(built["cuda-fp16"])
-    runner = FocusRunner(bundle, select="answer")
+    runner = DualFocus(bundle, select="answer")
     seen = np.asarray(picture(1, 300, 200))
     runner.ask(seen, QUESTIONS[0])
     emulated.copied.update(dict.fromkeys(emulated.copied, 0))
@@ -397,7 +397,7 @@ def test_steps_that_come_again_are_recorded(built: dict[str, Path], monkeypatch:
         run(session, binding, options)
 
     monkeypatch.setattr(emulated._Session, "run_with_iobinding", watched)
-    runner = FocusRunner(bundle)
+    runner = DualFocus(bundle)
     ask(runner, 3)
     first = emulated.recorded.index("1")
     assert set(emulated.recorded[:first]) == {"-1"}
@@ -414,7 +414,7 @@ def test_steps_that_come_again_are_recorded(built: dict[str, Path], monkeypatch:
 def test_a_gpu_keeps_nothing_of_what_is_gone(built: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     emulated.install(monkeypatch)
     bundle = Bundle.open(built["cuda-fp16"])
-    runner = FocusRunner(bundle, cache_mb=0)
+    runner = DualFocus(bundle, cache_mb=0)
     ask(runner, 3)
     gc.collect()
     before = sum(isinstance(thing, emulated.Array) for thing in gc.get_objects())
@@ -425,7 +425,7 @@ def test_a_gpu_keeps_nothing_of_what_is_gone(built: dict[str, Path], monkeypatch
 
 def test_a_gpu_that_fails_is_one_sentence(built: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     emulated.install(monkeypatch)
-    runner = FocusRunner(Bundle.open(built["cuda-fp16"]))
+    runner = DualFocus(Bundle.open(built["cuda-fp16"]))
 
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory\nat node")
@@ -434,7 +434,7 @@ def test_a_gpu_that_fails_is_one_sentence(built: dict[str, Path], monkeypatch: p
         broken.setattr(emulated._Session, "run_with_iobinding", fail)
         with pytest.raises(DeviceError, match=r"^cuda:0 failed: out of memory$"):
             ask(runner, 1)
-    assert ask(runner, 1)[0].answer == ask(FocusRunner(Bundle.open(built["cuda-fp16"])), 1)[0].answer
+    assert ask(runner, 1)[0].answer == ask(DualFocus(Bundle.open(built["cuda-fp16"])), 1)[0].answer
 
 
 def test_cupy_that_does_not_compute_is_no_device(monkeypatch: pytest.MonkeyPatch) -> None:

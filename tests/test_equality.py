@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from itertools import product
+from itertools import combinations
 from pathlib import Path
 
 import fakes
 import numpy as np
 import pytest
-from equality import SWITCHES, TOLERANCE, Pair, Tally, arrangements, pairwise, same
+from equality import TOLERANCE, Pair, Tally, same
 
+from dualfocus.bench.savings import leaving_out
 from dualfocus.bench.scenes import held_out
 from dualfocus.export import export_bundle
-from dualfocus.runtime import Bundle, FocusRunner, PlainRunner
+from dualfocus.runtime import Bundle, DualFocus, Engine, Reference
 from dualfocus.runtime.manifest import SelectRule
 from dualfocus.runtime.result import FocusResult, Generation, Mode, ReplyToken
 from dualfocus.runtime.turns import Question
@@ -27,6 +28,7 @@ from dualfocus.train import scenes
 CHECKPOINT = (
     Path(__file__).parent.parent / "train" / "checkpoints" / "nano"
 )  # what models/nano was exported from
+LEFT_OUT = [left for many in range(4) for left in combinations(("batch", "forced", "draft"), many)]
 REPLIES = ("macro", "locate", "micro")
 BOXES = ["[0.12, 0.30, 0.55, 0.61]", "[0.71, 0.80, 1.00, 0.97]", "[0.5, 0.5, 0.9, 0.6]", "none"]
 
@@ -52,11 +54,11 @@ def plainly(
 ) -> FocusResult:
     """What the plain runner says of the held-out pair `at`, decoding freely."""
     pair = held_out_pairs(at + 1)[at]
-    return PlainRunner(nano(), select=rule).ask(pair.picture, pair.question, mode, box_reply=box)
+    return Reference(nano(), select=rule).ask(pair.picture, pair.question, mode, box_reply=box)
 
 
 def check(
-    runner: FocusRunner,
+    runner: DualFocus,
     count: int,
     rule: SelectRule = "reference",
     mode: Mode = "dual",
@@ -71,13 +73,6 @@ def check(
     assert len(tally.ties) <= count // 50, tally
     assert tally.ill_formed <= count // 50, tally
     return tally
-
-
-def test_the_array_is_orthogonal() -> None:
-    runs = [[getattr(run, name) for name in SWITCHES] for run in pairwise()]
-    for one, other in product(range(len(SWITCHES)), repeat=2):
-        met = sorted((run[one], run[other]) for run in runs)
-        assert one == other or met == sorted([*product([False, True], repeat=2)] * 2)
 
 
 def tampered(result: FocusResult) -> Iterator[FocusResult]:
@@ -122,7 +117,7 @@ def test_only_a_near_tie_lets_a_divergence_pass() -> None:
     bundle = fakes.make_bundle()
     bundle.decoder._out[:] *= 1e-5
     pair = Pair(drawn(0), "What?")
-    plain = PlainRunner(bundle).ask(pair.picture, pair.question, "macro")
+    plain = Reference(bundle).ask(pair.picture, pair.question, "macro")
     said = plain.macro.generation
     diverged = replace(said, tokens=(said.tokens[0], said.tokens[1] + 1, *said.tokens[2:]))
     fast = replace(plain, macro=replace(plain.macro, generation=diverged))
@@ -138,7 +133,7 @@ def test_only_a_near_tie_lets_a_divergence_pass() -> None:
 @pytest.mark.parametrize("rule", ["reference", "answer"])
 @pytest.mark.parametrize("pairs", [25, pytest.param(500, marks=pytest.mark.slow)])
 def test_all_savings_together(pairs: int, rule: SelectRule, capsys: pytest.CaptureFixture[str]) -> None:
-    tally = check(FocusRunner(nano(), select=rule), pairs, rule)
+    tally = check(DualFocus(nano(), select=rule), pairs, rule)
     if pairs == 500:
         with capsys.disabled():
             print(f"\nall savings, {rule}: {tally}")
@@ -146,14 +141,17 @@ def test_all_savings_together(pairs: int, rule: SelectRule, capsys: pytest.Captu
     assert min(tally.chosen.values()) > 0
 
 
-@pytest.mark.parametrize("savings", arrangements().values(), ids=arrangements().keys())
+@pytest.mark.parametrize("left_out", LEFT_OUT, ids="+".join)
+@pytest.mark.parametrize(("slots", "chunk"), [(1, 64), (2, 512), (8, 100)])
 @pytest.mark.parametrize("pairs", [6, pytest.param(50, marks=pytest.mark.slow)])
-def test_any_savings(pairs: int, savings, capsys: pytest.CaptureFixture[str]) -> None:
-    tally = check(FocusRunner(nano(), savings=savings), pairs)
-    if pairs == 50:
-        with capsys.disabled():
-            print(f"\n{savings}: {tally}")
+def test_any_savings(pairs: int, left_out: tuple[str, ...], slots: int, chunk: int) -> None:
+    tally, engine, protocol = Tally(nano()), Engine(nano(), slots=slots, chunk=chunk), leaving_out(left_out)
+    for at, pair in enumerate(held_out_pairs(pairs)):
+        fast = engine.run(engine.submit(pair.picture, pair.question, protocol))
+        tally.compare(pair, fast, plainly(at))
+    assert tally.pairs == pairs
     assert tally.losses > 0
+    assert len(tally.ties) <= pairs // 50, tally
 
 
 @pytest.mark.parametrize("rule", ["reference", "answer"])
@@ -161,12 +159,12 @@ def test_any_savings(pairs: int, savings, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize("box", [None, *BOXES])
 @pytest.mark.parametrize("pairs", [3, pytest.param(25, marks=pytest.mark.slow)])
 def test_any_mode_and_any_box(pairs: int, rule: SelectRule, mode: Mode, box: str | None) -> None:
-    check(FocusRunner(nano(), select=rule), pairs, rule, mode, box)
+    check(DualFocus(nano(), select=rule), pairs, rule, mode, box)
 
 
 @pytest.mark.parametrize("pairs", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_boxes_decoded_freely(pairs: int) -> None:
-    tally, runner = Tally(nano()), FocusRunner(nano(), free_box=True)
+    tally, runner = Tally(nano()), DualFocus(nano(), free_box=True)
     for at, pair in enumerate(held_out_pairs(pairs)):
         tally.compare(pair, runner.ask(pair.picture, pair.question), plainly(at), alike=True)
     assert tally.pairs == pairs
@@ -176,7 +174,7 @@ def test_boxes_decoded_freely(pairs: int) -> None:
 @pytest.mark.parametrize("pairs", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_choices_between_what_the_passes_say(pairs: int) -> None:
     """Multiple choice: the passes' own answers are two of the options, which they name by their text."""
-    tally, runner, plain = Tally(nano()), FocusRunner(nano()), PlainRunner(nano())
+    tally, runner, plain = Tally(nano()), DualFocus(nano()), Reference(nano())
     for at, pair in enumerate(held_out_pairs(pairs)):
         said = plainly(at)
         options = ("a blue square", said.macro.text, said.micro.text if said.micro else "none", "3")
@@ -199,20 +197,20 @@ def shuffled(count: int, many: int) -> list[int]:
 @pytest.mark.parametrize("many", [11, pytest.param(60, marks=pytest.mark.slow)])
 def test_several_at_once(many: int, batch: int, mode: Mode) -> None:
     pairs, tally = held_out_pairs(20), Tally(nano())
-    runner = FocusRunner(nano(), batch=batch)
+    runner = DualFocus(nano(), slots=2 * batch)
     # in a list's order questions on one picture come together, else pictures are mixed
     for order in (shuffled(20, many), list(range(min(many, 20))), [0] * batch):
-        results = runner.ask_many([(pairs[at].picture, pairs[at].question) for at in order], mode)
+        results = list(runner.ask_many([(pairs[at].picture, pairs[at].question) for at in order], mode))
         assert len(results) == len(order)
         for at, fast in zip(order, results, strict=True):
             tally.compare(pairs[at], fast, plainly(at, mode=mode))
     assert len(tally.ties) <= tally.pairs // 50, tally
-    assert runner.ask_many([]) == []
+    assert list(runner.ask_many([])) == []
 
 
 def test_a_session_and_a_stream() -> None:
     pairs = held_out_pairs(12)
-    asked, streamed = FocusRunner(nano()), FocusRunner(nano())
+    asked, streamed = DualFocus(nano()), DualFocus(nano())
     sessions: dict[int, object] = {}
     for at, pair in enumerate(pairs):
         expected = asked.ask(pair.picture, pair.question)
@@ -236,18 +234,18 @@ def test_a_session_and_a_stream() -> None:
 @pytest.mark.parametrize("pairs", [12, pytest.param(100, marks=pytest.mark.slow)])
 def test_the_gate_skips_what_is_above_it_and_nothing_else(pairs: int) -> None:
     asked = held_out_pairs(pairs)
-    macros = [FocusRunner(nano()).ask(pair.picture, pair.question, "macro") for pair in asked]
+    macros = [DualFocus(nano()).ask(pair.picture, pair.question, "macro") for pair in asked]
     gate = float(np.median([result.macro.generation.confidence for result in macros]))
     skipped = 0
     for at, (pair, macro) in enumerate(zip(asked, macros, strict=True)):
-        fast = FocusRunner(nano(), skip_above=gate).ask(pair.picture, pair.question)
+        fast = DualFocus(nano(), skip_above=gate).ask(pair.picture, pair.question)
         if macro.macro.generation.confidence > gate:
             assert fast == replace(macro, skipped=True)  # the counters included
             skipped += 1
         else:
             assert not fast.skipped
             same(pair, fast, plainly(at), nano())
-        assert not FocusRunner(nano()).ask(pair.picture, pair.question).skipped
+        assert not DualFocus(nano()).ask(pair.picture, pair.question).skipped
     assert 0 < skipped < pairs
 
 
@@ -255,8 +253,8 @@ def test_the_gate_skips_what_is_above_it_and_nothing_else(pairs: int) -> None:
 def test_the_gate_in_a_batch(batch: int) -> None:
     """Rows of skipped questions stay empty between those of the others."""
     pairs = held_out_pairs(12)
-    one, many = (FocusRunner(nano(), skip_above=0.9, batch=size) for size in (1, batch))
-    results = many.ask_many([(pair.picture, pair.question) for pair in pairs])
+    one, many = (DualFocus(nano(), skip_above=0.9, slots=2 * size) for size in (1, batch))
+    results = list(many.ask_many([(pair.picture, pair.question) for pair in pairs]))
     for pair, fast in zip(pairs, results, strict=True):
         alone = one.ask(pair.picture, pair.question)
         assert fast.skipped == alone.skipped
@@ -272,9 +270,9 @@ def test_a_graph_without_ragged_appends(tiny_bundle: Path, tmp_path: Path, pairs
     )
     bundle = Bundle.open(tmp_path / "b", threads=1)
     assert not bundle.manifest.decoder.ragged_append
-    plain = PlainRunner(Bundle.open(tiny_bundle, threads=1), free_box=False)
+    plain = Reference(Bundle.open(tiny_bundle, threads=1), free_box=False)
     asked = held_out_pairs(pairs)
-    one, many = FocusRunner(bundle), FocusRunner(bundle, batch=3)
+    one, many = DualFocus(bundle), DualFocus(bundle, slots=6)
     together = many.ask_many([(pair.picture, pair.question) for pair in asked])
     tally = Tally(bundle)
     for pair, fast in zip(asked, together, strict=True):
@@ -289,9 +287,9 @@ def test_a_graph_without_ragged_appends(tiny_bundle: Path, tmp_path: Path, pairs
 def test_nano_without_ragged_appends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export_bundle(CHECKPOINT, tmp_path / "bundle", ragged_append=False, progress=lambda _: None)
     bundle = Bundle.open(tmp_path / "bundle", threads=1)
-    tally = check(FocusRunner(bundle), 50)
+    tally = check(DualFocus(bundle), 50)
     pairs = held_out_pairs(20)
-    results = FocusRunner(bundle, batch=3).ask_many([(pair.picture, pair.question) for pair in pairs])
+    results = DualFocus(bundle, slots=6).ask_many([(pair.picture, pair.question) for pair in pairs])
     for at, fast in enumerate(results):
         tally.compare(pairs[at], fast, plainly(at))
     with capsys.disabled():

@@ -24,7 +24,7 @@ from dualfocus.bench import accuracy, harness, questions
 from dualfocus.bench import scenes as drawn
 from dualfocus.bench.answers import Answers, Line, Run
 from dualfocus.bench.questions import Asked, Benchmark
-from dualfocus.runtime import Bundle, FocusRunner, InputError
+from dualfocus.runtime import Bundle, DualFocus, InputError
 from dualfocus.runtime.turns import GQA_MCQ, MMBENCH, SEED, Question
 from dualfocus.train.curate import Dialogue
 
@@ -501,10 +501,10 @@ def test_a_question_can_be_answered_elsewhere(here: Path) -> None:
     benchmark = questions.read("mmbench", benchmarks.mmbench(here))
     run = Run("mmbench", "dual", "nano", "")
     bundle = Bundle.open(threads=1)
-    together = list(accuracy.ask_all(FocusRunner(bundle), run, benchmark.questions))
+    together = list(accuracy.ask_all(DualFocus(bundle), run, benchmark.questions))
     sent, of = pickle.loads(pickle.dumps((benchmark.questions[4], run)))
     assert sent == benchmark.questions[4]
-    (alone,) = accuracy.ask_all(FocusRunner(bundle), of, [sent])
+    (alone,) = accuracy.ask_all(DualFocus(bundle), of, [sent])
     assert same([alone]) == same([together[4]])
 
 
@@ -696,6 +696,6 @@ def test_pictures_are_read_once_for_neighbours(here: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(questions, "open_picture", counted)
     benchmark = questions.read("textvqa", benchmarks.textvqa(here))
-    lines = list(accuracy.ask_all(FocusRunner(Bundle.open(threads=1)), RUN, benchmark.questions))
+    lines = list(accuracy.ask_all(DualFocus(Bundle.open(threads=1)), RUN, benchmark.questions))
     assert read == ["0000000000000000.jpg", "0000000000000001.jpg"]
     assert lines[0]["metadata"]["size"] == list(Image.open(here / "train_images" / read[0]).size)

@@ -24,7 +24,7 @@ from dualfocus import cli
 from dualfocus.bench import accuracy, cluster, scenes
 from dualfocus.bench.answers import Line, Run
 from dualfocus.bench.questions import Asked, File
-from dualfocus.runtime import Bundle, FocusRunner, InputError
+from dualfocus.runtime import Bundle, DualFocus, InputError
 from dualfocus.runtime.bundle import BUILT_IN, read_manifest
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
@@ -43,7 +43,7 @@ def asked() -> list[Asked]:
 @pytest.fixture(scope="module")
 def local(asked: list[Asked]) -> dict[str, Line]:
     """The answers of one process, by id."""
-    return by_id(accuracy.ask_all(FocusRunner(Bundle.open(threads=1)), RUN, asked))
+    return by_id(accuracy.ask_all(DualFocus(Bundle.open(threads=1)), RUN, asked))
 
 
 def by_id(lines: Any) -> dict[str, Line]:
@@ -208,7 +208,7 @@ def test_a_driver_that_was_ended_is_gone_on_with(tmp_path, end):
     """By its third answer, since nobody outside could be sure to be in time."""
     out, many = tmp_path / "answers.jsonl", 60
     questions = scenes.benchmark(many).questions
-    expected = by_id(accuracy.ask_all(FocusRunner(Bundle.open(threads=1)), RUN, questions))
+    expected = by_id(accuracy.ask_all(DualFocus(Bundle.open(threads=1)), RUN, questions))
     given = "--limit", str(many), "--ray"
     code = (
         "import os, signal\n"

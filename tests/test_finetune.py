@@ -29,7 +29,7 @@ from transformers import LlavaForConditionalGeneration
 
 from dualfocus.export import checkpoint as checkpoints
 from dualfocus.export import export_bundle
-from dualfocus.runtime import Bundle, FocusRunner
+from dualfocus.runtime import Bundle, DualFocus
 from dualfocus.runtime.errors import InputError
 from dualfocus.runtime.image import open_picture, view
 from dualfocus.runtime.manifest import Manifest
@@ -395,7 +395,7 @@ def test_dialogues_are_learned_and_the_checkpoint_answers(data: Path, tmp_path: 
         assert torch.equal(after[name], tensor) != learned, name
 
     export_bundle(out, tmp_path / "bundle", progress=lambda _: None)
-    runner = FocusRunner(Bundle.open(tmp_path / "bundle", threads=1))
+    runner = DualFocus(Bundle.open(tmp_path / "bundle", threads=1))
     for i, (question, answer) in enumerate(QUESTIONS.items()):
         result = runner.ask(open_picture(data / "pictures" / f"{i}.png"), question, "micro")
         assert result.located is not None

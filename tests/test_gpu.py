@@ -23,7 +23,7 @@ from dualfocus.bench import gpu, gpu_check, gpu_times, harness, hollow
 from dualfocus.bench.gpu import Figures, Section, Setup
 from dualfocus.bench.scripted import PushedLogits
 from dualfocus.kernels import cuda
-from dualfocus.runtime import FocusRunner
+from dualfocus.runtime import DualFocus
 from dualfocus.runtime.engines import DeviceLogits
 from dualfocus.runtime.errors import BundleError
 from dualfocus.runtime.sequence import likeliest, log_softmax
@@ -137,7 +137,7 @@ def test_check_on_an_emulated_gpu(precision: Any, setup: Setup) -> None:
 def test_what_differs_is_counted(setup: Setup) -> None:
     bundle = gpu_check.Bundle.open(setup.folder / "nano-fp32", device="cpu", threads=1)
     asked = gpu_check.questions(3)
-    answers = FocusRunner(bundle).ask_many(asked)
+    answers = list(DualFocus(bundle).ask_many(asked))
     same = gpu_check.compare(answers, answers, judged=True)
     assert told(same) == {"answered in other tokens": True, "largest difference of losses": True}
     other = gpu_check.compare(answers, [answers[1], *answers[1:]], judged=True)

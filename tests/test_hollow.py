@@ -12,7 +12,7 @@ import tiny
 
 from dualfocus.bench import hollow
 from dualfocus.export import export_bundle, quantize
-from dualfocus.runtime import Bundle, FocusRunner, PlainRunner
+from dualfocus.runtime import Bundle, DualFocus, Reference
 from dualfocus.runtime.bundle import read_manifest, verify
 from dualfocus.runtime.manifest import Precision
 
@@ -91,10 +91,10 @@ def test_a_filled_bundle_answers_and_one_seed_gives_one(
     filled: Path, skeleton: Path, tmp_path: Path, picture: np.ndarray
 ) -> None:
     bundle = Bundle.open(filled, device="cpu", threads=1)
-    result = FocusRunner(bundle, free_box=True).ask(picture, "What is written on the red star?")
+    result = DualFocus(bundle, free_box=True).ask(picture, "What is written on the red star?")
     assert result.macro is not None
     assert np.isfinite(result.macro.generation.logprobs).all()
-    plain = PlainRunner(bundle).ask(picture, "What is written on the red star?", "macro")
+    plain = Reference(bundle).ask(picture, "What is written on the red star?", "macro")
     assert plain.macro is not None
     assert plain.macro.generation.tokens == result.macro.generation.tokens
     again = hollow.fill(skeleton, tmp_path / "again")

@@ -14,7 +14,7 @@ from PIL import Image
 from dualfocus.bench import accuracy
 from dualfocus.bench import scenes as bench
 from dualfocus.bench.answers import Answers, Run
-from dualfocus.runtime import Bundle, FocusRunner, PlainRunner, open_picture
+from dualfocus.runtime import Bundle, DualFocus, Reference, open_picture
 from dualfocus.runtime.bundle import BUILT_IN, read_manifest, verify
 from dualfocus.runtime.engines import Floats
 from dualfocus.runtime.errors import BundleError
@@ -80,8 +80,8 @@ def test_a_question_costs_what_the_counters_predict(bundle: Bundle) -> None:
         calls += 1
         return extend(*args)
 
-    runner = FocusRunner(replace(bundle, decoder=SimpleNamespace(extend=counted)))
-    plain = PlainRunner(bundle)
+    runner = DualFocus(replace(bundle, decoder=SimpleNamespace(extend=counted)))
+    plain = Reference(bundle)
     seen: set[int] = set()
     departed = 0
     for scene, dialogue in bench.held_out(40):
@@ -110,7 +110,7 @@ def test_the_picture_is_prefilled_once(bundle: Bundle) -> None:
     """A second question on the same picture starts behind the picture."""
     scene, first = bench.held_out(1)[0]
     picture = np.asarray(scenes.draw(scene))
-    runner = FocusRunner(bundle)
+    runner = DualFocus(bundle)
     runner.ask(picture, first.question, "macro")
     question = "How many stars are there?"
     again = runner.ask(picture, question, "macro").counters
@@ -126,7 +126,7 @@ def test_the_example_is_answered(bundle: Bundle) -> None:
     """What the README shows is what comes out."""
     picture = open_picture(ROOT / "examples" / "scene.png")
     question = (ROOT / "examples" / "scene.txt").read_text().strip()
-    result = FocusRunner(bundle).ask(picture, question)
+    result = DualFocus(bundle).ask(picture, question)
     assert result.micro is not None
     assert result.chosen == "micro"
     assert result.answer in (ROOT / "README.md").read_text()
@@ -154,7 +154,7 @@ def test_pope_asks_for_what_is_absent_in_its_way(setting: str) -> None:
 def test_it_reads_what_the_whole_picture_hides(bundle: Bundle) -> None:
     """200 held-out questions: the floor is far below what is reported, and far above chance."""
     run = Run("scenes", "dual", bundle.manifest.name, bundle.digest)
-    runner = FocusRunner(bundle)
+    runner = DualFocus(bundle)
     with Answers(None, run) as answers:
         summary = accuracy.run(
             bench.benchmark(200),

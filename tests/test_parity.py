@@ -1,4 +1,4 @@
-"""`FocusRunner` on a bundle against the plain protocol in transformers on its checkpoint.
+"""`DualFocus` on a bundle against the plain protocol in transformers on its checkpoint.
 
 Both decode boxes freely where random weights name none; nano is held to the grammar, transformers never.
 Replies token for token, crops pixel for pixel, losses within 1e-3, choices. Two float32 programs add
@@ -21,9 +21,8 @@ from transformers_protocol import Reply, TransformersProtocol
 
 from dualfocus.bench.scenes import held_out
 from dualfocus.export import export_bundle
+from dualfocus.runtime import DualFocus, Reference
 from dualfocus.runtime.bundle import BUILT_IN, Bundle
-from dualfocus.runtime.plain import PlainRunner
-from dualfocus.runtime.scheduler import FocusRunner
 from dualfocus.runtime.turns import DUALFOCUS
 from dualfocus.train import scenes
 
@@ -95,7 +94,7 @@ def check_parity(checkpoint: Path, bundle: Path, pairs: Iterable[Pair], *, free_
     """Ask every pair of both sides, by both selection rules, and assert that they agree."""
     opened = Bundle.open(bundle, threads=1)
     protocol = TransformersProtocol(checkpoint, opened.manifest)
-    runners = {rule: FocusRunner(opened, select=rule, free_box=free_box) for rule in ("reference", "answer")}
+    runners = {rule: DualFocus(opened, select=rule, free_box=free_box) for rule in ("reference", "answer")}
     tally = Tally()
     for picture, question, box_reply in pairs:
         tally.pairs += 1
@@ -176,8 +175,8 @@ def test_random_models_answer_fast_what_they_answer_plainly(
         equality.Pair(np.asarray(picture(i // 3, 200 + 37 * (i % 7), 180 + 23 * (i % 5))), QUESTIONS[i % 3])
         for i in range(pairs)
     ]
-    runner, plain = FocusRunner(bundle), PlainRunner(bundle, free_box=False)
-    batched = FocusRunner(bundle, batch=3).ask_many([(pair.picture, pair.question) for pair in asked])
+    runner, plain = DualFocus(bundle), Reference(bundle, free_box=False)
+    batched = DualFocus(bundle, slots=6).ask_many([(pair.picture, pair.question) for pair in asked])
     tally = equality.Tally(bundle)
     for pair, together in zip(asked, batched, strict=True):
         expected = plain.ask(pair.picture, pair.question)

@@ -25,7 +25,7 @@ from dualfocus.bench.peers.work import make
 from dualfocus.export import ExportError, export_bundle
 from dualfocus.export.checkpoint import Checkpoint
 from dualfocus.export.random_weights import random_checkpoint
-from dualfocus.runtime import Bundle, PlainRunner
+from dualfocus.runtime import Bundle, Reference
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.engines import Floats
 
@@ -322,8 +322,8 @@ def test_every_precision_does_all_parts(work: Work) -> None:
 def test_the_decoder_apart_gives_the_same_answers(bundle: Path, work: Work) -> None:
     ours = Bundle.open(bundle, threads=1)
     theirs = peer.ENGINES["fp32"](work).decoder
-    result = PlainRunner(dataclasses.replace(ours, decoder=theirs)).ask(work.picture, work.question, "macro")
-    expected = PlainRunner(ours).ask(work.picture, work.question, "macro")
+    result = Reference(dataclasses.replace(ours, decoder=theirs)).ask(work.picture, work.question, "macro")
+    expected = Reference(ours).ask(work.picture, work.question, "macro")
     assert result.macro is not None
     assert expected.macro is not None
     assert result.macro.generation.tokens == expected.macro.generation.tokens

@@ -25,7 +25,7 @@ from dualfocus.bench.peers import quality
 from dualfocus.bench.peers.base import PARTS, PAST, PREFILL, STEPS, Slot, Work
 from dualfocus.bench.peers.process import OpenedPeer, PeerError
 from dualfocus.bench.peers.work import make, script
-from dualfocus.runtime import Bundle, PlainRunner
+from dualfocus.runtime import Bundle, Reference
 from dualfocus.runtime.bundle import BUILT_IN
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.errors import InputError
@@ -273,7 +273,7 @@ def test_the_work_is_the_plain_protocols(work: Work, folder: Path) -> None:
     assert pushed is not None
     assert pushed[len(macro.prompt) - 1] == macro.reply[0]
     # the boxes that every peer is to look at
-    result = PlainRunner(bundle).ask(work.picture, work.question, box_reply=box)
+    result = Reference(bundle).ask(work.picture, work.question, box_reply=box)
     assert result.crop == work.crop
 
 

@@ -20,7 +20,7 @@ from dualfocus.export import decoder, export_bundle, quantize, random_weights
 from dualfocus.export.graph import DataFile, joined
 from dualfocus.export.rotate import Rotation
 from dualfocus.export.verify import TorchDecoder
-from dualfocus.runtime import Bundle, FocusRunner, PlainRunner
+from dualfocus.runtime import Bundle, DualFocus, Reference
 from dualfocus.runtime.bundle import BUILT_IN
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.image import view, whole
@@ -74,7 +74,7 @@ def asked() -> list[tuple[np.ndarray, str]]:
 
 @cache
 def exact_answers() -> list[str]:
-    runner = FocusRunner(exact())
+    runner = DualFocus(exact())
     return [runner.ask(picture, question).answer for picture, question in asked()]
 
 
@@ -126,7 +126,7 @@ def test_it_takes_less_room(bundle: Bundle, precision: Precision) -> None:
 def test_the_decoder_stays_close(bundle: Bundle, precision: Precision) -> None:
     most, least, _ = FLOORS[precision]
     divergences, same = [], []
-    reference = FocusRunner(exact())
+    reference = DualFocus(exact())
     for picture, question in asked()[:20]:
         told = reference.ask(picture, question)
         assert told.macro is not None
@@ -147,7 +147,7 @@ def test_the_decoder_stays_close(bundle: Bundle, precision: Precision) -> None:
 
 
 def test_answers_stay_the_same(bundle: Bundle, precision: Precision) -> None:
-    runner = FocusRunner(bundle)
+    runner = DualFocus(bundle)
     answers = [runner.ask(picture, question).answer for picture, question in asked()]
     same = np.mean([a == b for a, b in zip(answers, exact_answers(), strict=True)])
     assert same >= FLOORS[precision][2]
@@ -155,7 +155,7 @@ def test_answers_stay_the_same(bundle: Bundle, precision: Precision) -> None:
 
 def test_reuse_answers_like_no_reuse(bundle: Bundle, precision: Precision) -> None:
     """Chunks of other lengths round otherwise in 8 and 4 bits, so that answers may differ, now and then."""
-    fast, plain = FocusRunner(bundle), PlainRunner(bundle, free_box=False)
+    fast, plain = DualFocus(bundle), Reference(bundle, free_box=False)
     pairs = asked()[:15]
     same = [fast.ask(*pair).answer == plain.ask(*pair).answer for pair in pairs]
     assert sum(same) >= (len(pairs) if precision == "fp16" else len(pairs) - 2)
@@ -210,7 +210,7 @@ def test_odd_numbers_of_blocks(tmp_path: Path) -> None:
     for precision in ("int8", "int4"):
         export_bundle(checkpoint, tmp_path / precision, precision=precision, progress=lambda _: None)
         picture = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
-        assert FocusRunner(Bundle.open(tmp_path / precision)).ask(picture, "What is it?").macro is not None
+        assert DualFocus(Bundle.open(tmp_path / precision)).ask(picture, "What is it?").macro is not None
 
 
 def test_an_unknown_precision_is_refused(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from dualfocus.export.random_weights import (
     random_checkpoint,
     random_model,
 )
-from dualfocus.runtime import Bundle, FocusRunner, PlainRunner
+from dualfocus.runtime import Bundle, DualFocus, Reference
 from dualfocus.runtime.manifest import Manifest
 from dualfocus.runtime.turns import DUALFOCUS, ImageToken, Turns
 
@@ -145,7 +145,7 @@ def test_a_bundle_of_random_weights_says_so(random_bundle: Path) -> None:
 
 def test_a_bundle_of_random_weights_answers(random_bundle: Path, picture: np.ndarray) -> None:
     bundle = Bundle.open(random_bundle, threads=1)
-    plain, focus = PlainRunner(bundle, free_box=False), FocusRunner(bundle)
+    plain, focus = Reference(bundle, free_box=False), DualFocus(bundle)
     for question in ("What is this?", "How many dogs are there?"):
         one, two = (runner.ask(picture, question) for runner in (plain, focus))
         assert one.micro is not None
@@ -223,7 +223,7 @@ def test_edge(tmp_path: Path, picture: np.ndarray) -> None:
     spec = bundle.manifest.decoder
     assert (spec.layers, spec.hidden, spec.heads, spec.kv_heads, spec.head_size) == (30, 576, 9, 3, 64)
     assert (spec.vocabulary, spec.context, bundle.manifest.image.tokens) == (49_152, 2048, 576)
-    plain, focus = PlainRunner(bundle, free_box=False), FocusRunner(bundle)
+    plain, focus = Reference(bundle, free_box=False), DualFocus(bundle)
     one, two = (runner.ask(picture, "What is written on the red star?") for runner in (plain, focus))
     assert one.micro is not None
     assert two.micro is not None

@@ -23,7 +23,7 @@ from dualfocus.bench import export as bench_export
 from dualfocus.export import ExportError, export_bundle, stream, verify
 from dualfocus.export import checkpoint as checkpoints
 from dualfocus.export.weights import StoredWeights
-from dualfocus.runtime import Bundle, FocusRunner
+from dualfocus.runtime import Bundle, DualFocus
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.errors import BundleError, InputError
 from dualfocus.runtime.manifest import CacheType, Manifest, Precision, Target
@@ -337,7 +337,7 @@ def test_padding_and_idle_rows_write_nothing(pair: dict[str, Path]) -> None:
 
 def test_answers_of_both_dialects(pair: dict[str, Path], picture: np.ndarray) -> None:
     results = [
-        FocusRunner(
+        DualFocus(
             dataclasses.replace(
                 bundle := Bundle.open(path, threads=1),
                 manifest=dataclasses.replace(bundle.manifest, max_new_tokens=40),
@@ -419,7 +419,7 @@ def test_a_float16_cache_is_half_the_memory_and_near(
             np.testing.assert_allclose(two, one, atol=0.02)
             assert not np.array_equal(one, two)
     # every saving works on it as on the other: forks, snapshots and all
-    runner = FocusRunner(bundles[1])
+    runner = DualFocus(bundles[1])
     session = runner.session(picture)
     for question in ("What is it?", "What is it?", "How many are there?"):
         assert session.ask(question) is not None

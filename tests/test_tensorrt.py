@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 
 from dualfocus.cli import app
 from dualfocus.export import ExportError, export_bundle, operators
-from dualfocus.runtime import Bundle, FocusRunner, PlainRunner
+from dualfocus.runtime import Bundle, DualFocus, Reference
 from dualfocus.runtime.bundle import read_manifest
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.devices import Device
@@ -251,10 +251,10 @@ def test_engines_answer_as_the_cpu_does(ours: Modules, bundle: Path) -> None:
 
 def answers(bundle: Bundle) -> list[FocusResult]:
     asked = [(np.asarray(picture(i, 200 + 31 * i, 260 - 17 * i)), QUESTIONS[i % 3]) for i in range(4)]
-    fast, plain = FocusRunner(bundle), PlainRunner(bundle, free_box=False)
+    fast, plain = DualFocus(bundle), Reference(bundle, free_box=False)
     return [
         *(fast.ask(*each) for each in asked),
-        *FocusRunner(bundle, batch=3).ask_many(asked[:3]),
+        *DualFocus(bundle, slots=6).ask_many(asked[:3]),
         plain.ask(*asked[0]),
     ]
 

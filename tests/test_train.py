@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from dualfocus.export import export_bundle
 from dualfocus.export.nano_tower import NanoVisionConfig, NanoVisionModel
-from dualfocus.runtime import Bundle, FocusRunner
+from dualfocus.runtime import Bundle, DualFocus
 from dualfocus.train import curate, nano, recipe, scenes
 
 WHOLE_VIEW_PIXELS = nano.IMAGE.size
@@ -258,7 +258,7 @@ def test_the_recipe_runs_from_nothing_to_bundles(tmp_path: Path, monkeypatch: py
         export_bundle(tmp_path / "checkpoints" / size, tmp_path / size, progress=lambda _: None)
         bundle = Bundle.open(tmp_path / size, threads=1)
         assert (bundle.manifest.name, bundle.manifest.decoder.layers) == (size, layers)
-        result = FocusRunner(bundle).ask(np.asarray(scenes.draw(scene)), "Is there a red star?")
+        result = DualFocus(bundle).ask(np.asarray(scenes.draw(scene)), "Is there a red star?")
         assert result.macro is not None
     with pytest.raises(SystemExit, match="holds a nano already"):
         recipe.load("nano")

@@ -17,11 +17,10 @@ from dualfocus.bench.peers.base import PAST, PREFILL, STEPS, Counts, Engines, Op
 from dualfocus.bench.peers.work import script
 from dualfocus.bench.scripted import ScriptedDecoder
 from dualfocus.export import Shape, export_bundle
-from dualfocus.runtime import Bundle, FocusRunner
+from dualfocus.runtime import Bundle, DualFocus
 from dualfocus.runtime.bundle import read_manifest
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.errors import BundleError
-from dualfocus.runtime.scheduler import Savings
 from dualfocus.runtime.sequence import embed
 
 REQUIRES = ("dualfocus", "onnxruntime")
@@ -93,7 +92,7 @@ def _open(precision: Precision, work: Work) -> Opened:
 
     scripted = ScriptedDecoder(bundle.decoder)
     scripted.script = script(work.calls) or {}
-    runner = FocusRunner(dataclasses.replace(bundle, decoder=scripted), savings=Savings(pool=False))
+    runner = DualFocus(dataclasses.replace(bundle, decoder=scripted), cache_mb=0)
     replies = [call.reply for call in work.calls if not call.scored]
 
     def vision() -> Counts:

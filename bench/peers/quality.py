@@ -26,7 +26,7 @@ from dualfocus.bench.peers.base import Engines, Precision, Work
 from dualfocus.bench.peers.process import Child, PeerError
 from dualfocus.bench.scenes import held_out, is_right
 from dualfocus.bench.scorers import share
-from dualfocus.runtime import Bundle, PlainRunner
+from dualfocus.runtime import Bundle, Reference
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.engines import Decoder, Floats
 from dualfocus.runtime.geometry import Crop
@@ -101,7 +101,7 @@ def _follow(child: Child, doing: str, watch: Watch) -> Any:
 def _refer(connection: Connection, bundle: Path, threads: int, questions: int) -> None:
     """Sends float32's dialogues, a list of `Dialogues`."""
     opened = Bundle.open(bundle, threads=threads)
-    runner = PlainRunner(opened)
+    runner = Reference(opened)
     dialogues = []
     for done, (picture, asked) in enumerate(_pictures(questions)):
         connection.send((done, questions))
@@ -127,7 +127,7 @@ def _compare(
     engines: Engines = importlib.import_module(module).ENGINES[precision](work)
     fp32 = Bundle.open(bundle, threads=work.threads)
     vision = engines.vision or fp32.vision
-    runner = PlainRunner(dataclasses.replace(fp32, decoder=engines.decoder, vision=vision))
+    runner = Reference(dataclasses.replace(fp32, decoder=engines.decoder, vision=vision))
     right = 0
     compared: list[Compared] = []
     features: list[tuple[Floats, Floats]] = []

@@ -1,27 +1,31 @@
-"""The scheduler on a made-up model: the plain answers, nothing stale, and the work that was predicted."""
+"""The engine on a made-up model: the reference's answers, nothing stale, and the work that was predicted."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import combinations
 
 import fakes
 import numpy as np
 import pytest
-from equality import Pair, arrangements, same
+from equality import Pair, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualfocus.runtime import Bundle, FocusRunner, PlainRunner
+from dualfocus.bench.savings import leaving_out
+from dualfocus.runtime import Bundle, DualFocus, Engine, Reference
+from dualfocus.runtime.engine import Request
 from dualfocus.runtime.errors import QuestionError
 from dualfocus.runtime.geometry import Region
 from dualfocus.runtime.manifest import DecoderSpec, ImageSpec, TokenSpec
+from dualfocus.runtime.protocol import focus
 from dualfocus.runtime.result import Answer, Counters, FocusResult, Generation, ReplyToken, Stage
-from dualfocus.runtime.scheduler import Savings
 from dualfocus.runtime.selection import loss
 from dualfocus.runtime.sequence import common_prefix
 from dualfocus.runtime.turns import DUALFOCUS, GQA_MCQ, MMBENCH, SEED, ImageToken, Question, Turns, Wording
+from dualfocus.runtime.work import Score, Steps, Task
 
 BOX = "[0.10, 0.20, 0.60, 0.70]"
 QUESTION = "What is written on the red star?"
@@ -69,12 +73,12 @@ def generations(result: FocusResult) -> dict[str, Generation]:
 
 
 class Checked:
-    """A runner whose every answer is held against the plain one's, both with the grammar or both without."""
+    """A model whose every answer is held against the reference's, both with the grammar or both without."""
 
     def __init__(self, bundle: Bundle, *, free_box: bool = False, **options: object) -> None:
         self.bundle = bundle
-        self.fast = FocusRunner(bundle, free_box=free_box, **options)
-        self.plain = PlainRunner(bundle, free_box=free_box, select=options.get("select"))
+        self.fast = DualFocus(bundle, free_box=free_box, **({"slots": 2} | options))
+        self.plain = Reference(bundle, free_box=free_box, select=options.get("select"))
 
     def ask(
         self, picture: np.ndarray, question: str | Question, mode: str = "dual", box: str | None = None
@@ -120,14 +124,21 @@ def test_nothing_changes_an_answer(picture, rule, mode, spell):
             assert result.located.tokens == tuple(spell(BOX))
 
 
-@pytest.mark.parametrize("savings", arrangements().values(), ids=arrangements().keys())
-def test_no_saving_changes_an_answer(picture, bundle, savings):
-    runner, plain = FocusRunner(bundle, savings=savings), PlainRunner(bundle, free_box=False)
+LEFT_OUT = [left for many in range(4) for left in combinations(("batch", "forced", "draft"), many)]
+
+
+@pytest.mark.parametrize("left_out", LEFT_OUT, ids="+".join)
+@pytest.mark.parametrize("slots", [1, 2, 5])
+@pytest.mark.parametrize("chunk", [16, 512])
+@pytest.mark.parametrize("cache_mb", [0, 512])
+def test_no_saving_changes_an_answer(picture, bundle, left_out, slots, chunk, cache_mb):
+    engine = Engine(bundle, slots=slots, chunk=chunk, cache_mb=cache_mb)
+    plain = Reference(bundle, free_box=False)
     for question in QUESTIONS:
         for shown in (picture, picture[::-1]):
             expected = plain.ask(shown, question)
             images = bundle.vision.images
-            fast = runner.ask(shown, question)
+            fast = engine.run(engine.submit(shown, question, leaving_out(left_out)))
             same(Pair(shown, question), fast, expected, bundle, alike=True)
             assert fast.counters.vision_encodes == bundle.vision.images - images
 
@@ -142,8 +153,8 @@ def test_any_order_of_pictures_and_questions_is_answered_as_if_alone(asked, batc
     bundle = FAKE
     rng = np.random.default_rng(0)
     pictures = {name: rng.integers(0, 256, (50, 70, 3), np.uint8) for name in "abc"}
-    one, many = (Checked(bundle, cache_mb=cache_mb, batch=size) for size in (1, batch))
-    results = many.fast.ask_many([(pictures[name], question) for name, question in asked])
+    one, many = (Checked(bundle, cache_mb=cache_mb, slots=2 * size) for size in (1, batch))
+    results = list(many.fast.ask_many([(pictures[name], question) for name, question in asked]))
     for (name, question), result in zip(asked, results, strict=True):
         many.compare(pictures[name], question, result)
         one.ask(pictures[name], question)
@@ -261,7 +272,7 @@ def test_what_was_said_may_be_too_long_to_be_scored(picture):
     assert scored == [True, True, False]
 
 
-@pytest.mark.parametrize("runner", [FocusRunner, PlainRunner])
+@pytest.mark.parametrize("runner", [DualFocus, Reference])
 def test_what_cannot_fit_is_refused_before_anything_is_computed(picture, bundle, runner):
     for question in ("", " \n ", "word " * 2000):
         with pytest.raises(QuestionError):
@@ -274,8 +285,7 @@ def test_the_lower_loss_wins():
         return Answer(text, Generation(text, (1,), (-1.0,)), loss)
 
     def chosen(macro: float | None, micro: float | None) -> str:
-        pair = answer("a", macro), None, Region(), answer("b", micro)
-        return FocusResult.conclude(*pair, Counters(), {}).answer
+        return FocusResult.conclude(answer("a", macro), None, Region(), answer("b", micro)).answer
 
     assert chosen(2.0, 1.0) == "b"
     assert chosen(1.0, 2.0) == "a"
@@ -341,20 +351,20 @@ def test_a_pass_alone_names_its_option(picture, mode, answer):
     assert (result.answer, result.chosen) == (answer, mode)
 
 
-@pytest.mark.parametrize("savings", arrangements().values(), ids=arrangements().keys())
+@pytest.mark.parametrize("left_out", LEFT_OUT, ids="+".join)
 @pytest.mark.parametrize("wording", [GQA_MCQ, MMBENCH])
-def test_no_saving_changes_a_choice(picture, savings, wording):
+def test_no_saving_changes_a_choice(picture, left_out, wording):
     bundle = choice("A", "B.")
-    runner, plain = FocusRunner(bundle, savings=savings), PlainRunner(bundle, free_box=False)
+    model, plain = DualFocus(bundle), Reference(bundle, free_box=False)
     for question in (replace(CHOICE, wording=wording), QUESTION, replace(CHOICE, context="A farm.")):
-        fast = runner.ask(picture, question)
+        fast = model.submit(picture, question, leaving_out(left_out)).result()
         assert fast.macro.loss is not None
         same(Pair(picture, question), fast, plain.ask(picture, question), bundle, alike=True)
 
 
 def test_choices_side_by_side_and_in_a_stream(picture):
     bundle = choice("A", "B.")
-    checked = Checked(bundle, batch=3)
+    checked = Checked(bundle, slots=6)
     wordings = (Wording(), SEED, GQA_MCQ, MMBENCH)
     asked = [(picture, replace(CHOICE, wording=wording)) for wording in wordings] + [(picture, QUESTION)]
     for (_, question), result in zip(asked, checked.fast.ask_many(asked), strict=True):
@@ -392,69 +402,69 @@ def test_the_rules_can_disagree():
 # What is left half done
 
 
-def calls_of(work) -> int:
-    """How many times a new bundle's decoder is called by `work`."""
+def run_all(engine: Engine, requests: list[Request]) -> list[FocusResult]:
+    return [engine.run(request) for request in requests]
+
+
+def calls_of(asked: list[tuple[np.ndarray, str]]) -> int:
+    """How many times a new bundle's decoder is called for all that is `asked`."""
     bundle = make()
-    work(FocusRunner(bundle, batch=3))
+    engine = Engine(bundle, slots=6)
+    run_all(engine, [engine.submit(*one, focus) for one in asked])
     return bundle.decoder.calls
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_an_interrupted_question_leaves_nothing_stale(picture, late):
+@pytest.mark.parametrize("several", [False, True])
+def test_an_interrupted_engine_holds_nothing_stale(picture, late, several):
     """At every single call of the decoder."""
-    for call in range(calls_of(lambda runner: runner.ask(picture, QUESTION))):
+    asked = [(picture, QUESTION), (picture[::-1], QUESTION), (picture, "What else?")][: 3 if several else 1]
+    for call in range(calls_of(asked)):
         bundle = make()
-        checked = Checked(bundle)
+        engine, plain = Engine(bundle, slots=6), Reference(bundle, free_box=False)
         with fakes.interrupted(bundle.decoder, call, late=late):
-            checked.fast.ask(picture, QUESTION)
-        for question in ("What else?", QUESTION):
-            checked.ask(picture, question)
+            requests = [engine.submit(*one, focus) for one in asked]
+            run_all(engine, requests)
+        assert engine.idle
+        assert len(engine.prefixes.free) == 6
+        for request in requests:
+            assert request.done
+        for one, result in zip(
+            asked[::-1], run_all(engine, [engine.submit(*one, focus) for one in asked[::-1]]), strict=True
+        ):
+            same(Pair(*one), result, plain.ask(*one), bundle, alike=True)
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_an_interrupted_batch_leaves_nothing_stale(picture, late):
-    asked = [(picture, QUESTION), (picture[::-1], QUESTION), (picture, "What else?")]
-    for call in range(0, calls_of(lambda runner: runner.ask_many(asked)), 3):
-        bundle = make()
-        checked = Checked(bundle, batch=3)
-        with fakes.interrupted(bundle.decoder, call, late=late):
-            checked.fast.ask_many(asked)
-        for (shown, question), result in zip(asked[::-1], checked.fast.ask_many(asked[::-1]), strict=True):
-            checked.compare(shown, question, result)
-
-
-def test_a_stream_that_was_left_cannot_go_on_once_another_question_was_asked(picture, bundle):
-    """At every single event, whoever asks the next question."""
-    events = len(list(FocusRunner(bundle).stream(picture, QUESTION)))
-    others = [
-        lambda runner: runner.ask(picture[::-1], "What else?"),
-        lambda runner: runner.ask_many([(picture[::-1], "What else?")])[0],
-        lambda runner: runner.session(picture[::-1]).ask("What else?"),
-        lambda runner: list(runner.stream(picture[::-1], "What else?"))[-1],
-    ]
-    for read in range(1, events):
-        checked = Checked(bundle)
-        stream = checked.fast.stream(picture, QUESTION)
-        for _ in range(read):
-            next(stream)
-        checked.compare(picture[::-1], "What else?", others[read % 4](checked.fast))
-        with pytest.raises(RuntimeError, match="asked something else"):
-            next(stream)
-        checked.ask(picture, QUESTION)
-
-
-def test_a_stream_not_begun_or_read_to_its_end_is_in_nobodys_way(picture, bundle):
+def test_a_stream_that_is_left_is_cancelled_and_in_nobodys_way(picture, bundle):
+    """At every single event."""
+    events = len(list(DualFocus(bundle).stream(picture, QUESTION)))
     checked = Checked(bundle)
-    late = checked.fast.stream(picture, QUESTION)
-    *_, result = checked.fast.stream(picture, "What else?")
-    checked.compare(picture, "What else?", result)
-    *_, result = late
-    checked.compare(picture, QUESTION, result)
+    for read in range(1, events):
+        stream = checked.fast.stream(picture, QUESTION)
+        for _ in zip(range(read), stream, strict=False):
+            pass
+        other = checked.fast.ask(picture[::-1], "What else?")
+        checked.compare(picture[::-1], "What else?", other)
+        stream.close()
+        checked.compare(picture, QUESTION, checked.fast.ask(picture, QUESTION))
+    assert checked.fast._worker._engine.idle
+
+
+def test_streams_may_be_read_in_turn(picture, bundle):
+    checked = Checked(bundle, slots=4)
+    asked = [(picture, QUESTION), (picture[::-1], QUESTION), (picture, "What else?")]
+    streams = [checked.fast.stream(*one) for one in asked]
+    last: list[object] = [None] * 3
+    while streams_left := [at for at in range(3) if not isinstance(last[at], FocusResult)]:
+        for at in streams_left:
+            last[at] = next(streams[at])
+    for one, result in zip(asked, last, strict=True):
+        checked.compare(*one, result)
 
 
 def test_a_stream_tells_what_ask_returns(picture, bundle):
-    *events, result = FocusRunner(bundle).stream(picture, QUESTION)
-    assert result == FocusRunner(bundle).ask(picture, QUESTION)
+    *events, result = DualFocus(bundle).stream(picture, QUESTION)
+    assert result == DualFocus(bundle).ask(picture, QUESTION)
     for name, generation in generations(result).items():
         told = [event for event in events if isinstance(event, ReplyToken) and event.reply == name]
         assert tuple(event.token for event in told) == generation.tokens
@@ -462,11 +472,32 @@ def test_a_stream_tells_what_ask_returns(picture, bundle):
     regions = [event for event in events if isinstance(event, Region)]
     assert [(region.box, region.crop) for region in regions] == [(result.box, result.crop)]
     stages = [event.name for event in events if isinstance(event, Stage)]
-    assert stages == [stage for stage in result.times_ms if stage != "total"]
+    assert list(dict.fromkeys(stages)) == [stage for stage in result.times_ms if stage != "total"]
     assert stages[-1] == "select"
 
 
 # What it costs
+
+
+def spent_on_scores(bundle: Bundle, picture: np.ndarray) -> tuple[int, int]:
+    """Ask `QUESTION`: how many calls and tokens of the decoder its scores take."""
+    seen = bundle.decoder.calls, bundle.decoder.tokens
+
+    def protocol(task: Task) -> Steps[FocusResult]:
+        nonlocal seen
+        steps = focus(task)
+        work = next(steps)
+        while True:
+            if any(isinstance(item, Score) for item in work):
+                seen = bundle.decoder.calls, bundle.decoder.tokens
+            try:
+                work = steps.send((yield work))
+            except StopIteration as end:
+                return end.value
+
+    engine = Engine(bundle)
+    engine.run(engine.submit(picture, QUESTION, protocol))
+    return bundle.decoder.calls - seen[0], bundle.decoder.tokens - seen[1]
 
 
 def test_a_first_question_costs_what_the_protocol_predicts(picture, bundle):
@@ -485,18 +516,14 @@ def test_a_first_question_costs_what_the_protocol_predicts(picture, bundle):
     assert result.counters.vision_encodes == 2
     # candidates' last tokens, their ends, are judged and not fed
     scored = (shared - select_begins) + sum(len(candidate) - 1 - shared for candidate in candidates)
-    events = FocusRunner(bundle).stream(picture, QUESTION)
-    next(event for event in events if event == Stage("select"))
-    fed = bundle.decoder.tokens
-    list(events)
-    assert bundle.decoder.tokens - fed == scored
+    assert spent_on_scores(bundle, picture)[1] == scored
     # the micro prompt goes on from what was decoded of the box
     least = (
         len(macro) + (len(locate) - begins) + (len(micro) - len(locate) - len(result.located.tokens)) + scored
     )
     assert least <= result.counters.tokens_prefilled <= least + 4
 
-    plain = PlainRunner(bundle).ask(picture, QUESTION).counters
+    plain = Reference(bundle).ask(picture, QUESTION).counters
     assert (plain.vision_encodes, plain.tokens_prefilled) == (
         8,
         sum(map(len, (macro, locate, micro, *candidates))),
@@ -506,7 +533,7 @@ def test_a_first_question_costs_what_the_protocol_predicts(picture, bundle):
 def test_the_counters_are_what_the_engines_did(picture, bundle):
     """Every token that the decoder was given is one that the counters know of."""
     for question in QUESTIONS:
-        runner = FocusRunner(bundle)
+        runner = DualFocus(bundle)
         calls, fed = bundle.decoder.calls, bundle.decoder.tokens
         result = runner.ask(picture, question)
         calls, fed = bundle.decoder.calls - calls, bundle.decoder.tokens - fed
@@ -522,21 +549,24 @@ def test_the_counters_are_what_the_engines_did(picture, bundle):
 
 
 def test_rows_decode_together_and_a_row_that_ended_costs_nothing(picture, bundle):
-    result = FocusRunner(bundle, savings=Savings(forced=False, draft=False)).ask(picture, QUESTION)
+    engine = Engine(bundle)
+    result = engine.run(engine.submit(picture, QUESTION, leaving_out({"forced", "draft"})))
     macro, locate, micro = (len(generation.tokens) - 1 for generation in generations(result).values())
     assert result.counters.decode_steps == max(macro, locate) + micro
     assert result.counters.decode_rows == macro + locate + micro
-    apart = FocusRunner(bundle, savings=Savings(forced=False, draft=False, batch=False)).ask(
-        picture, QUESTION
-    )
+    engine = Engine(bundle)
+    apart = engine.run(engine.submit(picture, QUESTION, leaving_out({"forced", "draft", "batch"})))
     assert apart.counters.decode_steps == apart.counters.decode_rows == macro + locate + micro
 
 
 def test_what_is_forced_or_drafted_is_not_decoded(picture):
     bundle = fakes.make_bundle(script(spelled(BOX), macro="AB7.", micro="AB7."))
-    free = FocusRunner(bundle, savings=Savings(forced=False, draft=False)).ask(picture, QUESTION).counters
-    forced = FocusRunner(bundle, savings=Savings(draft=False)).ask(picture, QUESTION).counters
-    drafted = FocusRunner(bundle, savings=Savings(forced=False)).ask(picture, QUESTION).counters
+
+    def counters(*left_out: str) -> Counters:
+        engine = Engine(bundle)
+        return engine.run(engine.submit(picture, QUESTION, leaving_out(left_out))).counters
+
+    free, forced, drafted = counters("forced", "draft"), counters("draft"), counters("forced")
     reply = len(spelled("AB7."))
     assert free.tokens_forced == free.tokens_drafted == 0
     assert forced.tokens_forced > 0
@@ -547,7 +577,9 @@ def test_what_is_forced_or_drafted_is_not_decoded(picture):
 
 def test_a_draft_that_is_departed_from_is_cut(picture):
     bundle = fakes.make_bundle(script(spelled(BOX), macro="AB8", micro="AB7."))
-    result = Checked(bundle, savings=Savings(forced=False)).ask(picture, QUESTION)
+    model = DualFocus(bundle)
+    result = model.submit(picture, QUESTION, leaving_out({"forced"})).result()
+    same(Pair(picture, QUESTION), result, Reference(bundle).ask(picture, QUESTION), bundle)
     agreed = common_prefix(spelled("AB8"), spelled("AB7."))
     assert 0 < agreed < len(spelled("AB8"))
     assert result.counters.tokens_accepted == agreed
@@ -584,9 +616,9 @@ def test_the_same_question_again_costs_less(picture, bundle):
     assert second.tokens_prefilled < first.tokens_prefilled
 
 
-def test_alternating_pictures_hit_the_pool(picture, bundle):
-    """Four pictures in turn: more than there are rows, so that it is the pool that remembers."""
-    checked = Checked(bundle)
+def test_alternating_pictures_are_remembered(picture, bundle):
+    """Four pictures in turn, and two slots for each."""
+    checked = Checked(bundle, slots=8)
     pictures = [picture, picture[::-1], picture + np.uint8(1), picture + np.uint8(2)]
     prompt = Turns(bundle.manifest, bundle.tokenizer, QUESTION).macro("w").tokens
     image_ends = max(i for i, token in enumerate(prompt) if isinstance(token, ImageToken))
@@ -597,12 +629,12 @@ def test_alternating_pictures_hit_the_pool(picture, bundle):
         assert counters.vision_encodes == 0
         assert counters.tokens_reused > image_ends
         assert counters.tokens_prefilled < len(prompt) - image_ends
-    forgetful = Checked(bundle, savings=Savings(pool=False))
+    forgetful = Checked(bundle, cache_mb=0)
     for shown in pictures[:2] * 2:
         assert forgetful.ask(shown, QUESTION, "macro").counters.vision_encodes == 1
 
 
-def test_the_pools_prefix_is_not_needed_where_a_row_holds_more(picture, bundle):
+def test_the_same_question_again_is_prefilled_by_a_token(picture, bundle):
     checked = Checked(bundle)
     first = checked.ask(picture, QUESTION, "macro").counters
     again = checked.ask(picture, QUESTION, "macro").counters
@@ -610,48 +642,49 @@ def test_the_pools_prefix_is_not_needed_where_a_row_holds_more(picture, bundle):
 
 
 def test_a_picture_that_was_put_out_is_encoded_again(picture, bundle):
-    """Room for one picture, with the prefix that it ends, and its crop."""
-    manifest = bundle.manifest
-    prompt = Turns(manifest, bundle.tokenizer, QUESTION).macro("w").tokens
-    begins = max(i for i, token in enumerate(prompt) if isinstance(token, ImageToken)) + 1
-    image = 4 * fakes.WIDTH * fakes.IMAGE_TOKENS
-    kept = 2 * image + 2 * 4 * fakes.WIDTH * begins
-    checked = Checked(bundle, cache_mb=kept / 1e6)
+    """Room for what one question leaves."""
     a, b = picture, picture[::-1]
+    engine = Engine(bundle)
+    engine.run(engine.submit(a, QUESTION, focus))
+    checked = Checked(bundle, cache_mb=engine.prefixes.nbytes / 1e6)
     encodes = [checked.ask(shown, QUESTION).counters.vision_encodes for shown in (a, a, b, b, a)]
     assert encodes == [2, 0, 2, 0, 2]
 
 
 @pytest.mark.parametrize("cache_mb", [0, 1e-6, 0.005])
-def test_a_pool_without_room_works(picture, bundle, cache_mb):
+def test_a_cache_without_room_works(picture, bundle, cache_mb):
     checked = Checked(bundle, cache_mb=cache_mb)
     for shown in (picture, picture, picture[::-1], picture):
         checked.ask(shown, QUESTION)
-        assert checked.fast._pool.nbytes <= cache_mb * 1e6
+        assert checked.fast._worker._engine.prefixes.nbytes <= cache_mb * 1e6
 
 
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 40_000), st.lists(st.integers(0, 4), min_size=1, max_size=6))
-def test_the_pool_never_holds_more_than_it_may(limit, order):
+def test_the_cache_never_holds_more_than_it_may(limit, order):
     bundle = FAKE
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 256, (5, 30, 40, 3), np.uint8)
-    runner = FocusRunner(bundle, cache_mb=limit / 1e6, batch=2)
+    engine = Engine(bundle, cache_mb=limit / 1e6, slots=4)
     for at in order:
-        for _ in runner.stream(pictures[at], QUESTION):
-            assert runner._pool.nbytes <= limit
-        runner.ask_many([(pictures[at - 1], QUESTION), (pictures[at], "What else?")])
-        assert runner._pool.nbytes <= limit
+        requests = [engine.submit(pictures[at], QUESTION, focus)]
+        requests += [
+            engine.submit(pictures[at - 1], QUESTION, focus),
+            engine.submit(pictures[at], "What else?", focus),
+        ]
+        while not all(request.done for request in requests):
+            engine.step()
+            assert engine.prefixes.nbytes <= limit
 
 
 def test_questions_asked_together_share_encodes_and_calls(picture, bundle):
-    checked = Checked(bundle, batch=4)
+    checked = Checked(bundle, slots=8)
     images, calls = bundle.vision.images, bundle.decoder.calls
-    results = checked.fast.ask_many([(picture, QUESTION)] * 4)
+    results = list(checked.fast.ask_many([(picture, QUESTION)] * 4))
     assert bundle.vision.images - images == 2 == sum(result.counters.vision_encodes for result in results)
     together = bundle.decoder.calls - calls
     calls = bundle.decoder.calls
-    one = FocusRunner(bundle).ask(picture, QUESTION)
+    one = DualFocus(bundle).ask(picture, QUESTION)
     assert together < 4 * (bundle.decoder.calls - calls)
     for result in results:
         assert result.counters.decode_steps == one.counters.decode_steps
@@ -662,9 +695,9 @@ def test_questions_asked_together_share_encodes_and_calls(picture, bundle):
 
 
 def test_what_the_gate_lets_stand_is_the_macro_answer_at_its_cost(picture, bundle):
-    macro = FocusRunner(bundle).ask(picture, QUESTION, "macro")
+    macro = DualFocus(bundle).ask(picture, QUESTION, "macro")
     sure = macro.macro.generation.confidence
-    skipped = FocusRunner(bundle, skip_above=0.999 * sure).ask(picture, QUESTION)
+    skipped = DualFocus(bundle, skip_above=0.999 * sure).ask(picture, QUESTION)
     assert skipped == replace(macro, skipped=True)
     assert skipped.micro is skipped.located is skipped.box is skipped.fallback is None
     for gate in (sure, 1.0):  # not above it
@@ -676,7 +709,7 @@ def test_what_the_gate_lets_stand_is_the_macro_answer_at_its_cost(picture, bundl
 def test_the_gate_is_off_unless_asked_for(picture):
     bundle = make()
     bundle.decoder._out[:] *= 1e-3  # but for the script's push, so that every answer is all but certain
-    result = FocusRunner(bundle).ask(picture, QUESTION)
+    result = DualFocus(bundle).ask(picture, QUESTION)
     assert result.macro.generation.confidence > 0.9
     assert not result.skipped
     assert result.micro
@@ -734,7 +767,7 @@ def test_the_plain_protocol_pays_for_eight_images(picture, llava):
     question = "How many blue circles are there?"
     result = Checked(llava).ask(picture, question)
     assert result.macro.text != result.micro.text == "two of them"
-    plain = PlainRunner(llava, free_box=False).ask(picture, question).counters
+    plain = Reference(llava, free_box=False).ask(picture, question).counters
     assert plain.vision_encodes == 8
     assert plain.tokens_prefilled > 8 * 576
     assert result.counters.vision_encodes == 2
@@ -755,11 +788,8 @@ def test_where_the_select_turn_is_the_micro_turn_no_candidate_is_computed(pictur
     """The draft pass scored the macro answer, decoding the micro answer, and the history the box."""
     prompts = replace(DUALFOCUS, select=DUALFOCUS.micro)
     bundle = make(prompts=prompts)
-    events = FocusRunner(bundle).stream(picture, QUESTION)
-    next(event for event in events if event == Stage("select"))
-    calls = bundle.decoder.calls
-    *_, result = events
-    assert bundle.decoder.calls == calls
+    assert spent_on_scores(bundle, picture) == (0, 0)
+    result = DualFocus(bundle).ask(picture, QUESTION)
     assert None not in (result.macro.loss, result.micro.loss)
     assert result.counters.tokens_accepted < result.counters.tokens_drafted
     # and so a question that is scored costs no more than its three prompts

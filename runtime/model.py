@@ -1,0 +1,208 @@
+"""A model as a program uses it: `DualFocus` opens a bundle, and any thread may ask it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import get_args
+
+from dualfocus.runtime.bundle import BUILT_IN, Bundle
+from dualfocus.runtime.engine import CHUNK, Engine
+from dualfocus.runtime.errors import InputError
+from dualfocus.runtime.image import Picture, PictureSource, open_picture
+from dualfocus.runtime.manifest import SelectRule
+from dualfocus.runtime.prefix_cache import image_name
+from dualfocus.runtime.protocol import focus
+from dualfocus.runtime.result import Event, FocusResult, Mode
+from dualfocus.runtime.turns import Question
+from dualfocus.runtime.work import Protocol
+from dualfocus.runtime.worker import Handle, Worker
+
+Asked = tuple[PictureSource | Callable[[], Picture], str | Question]
+ON_CPU, ON_GPU = 16, 2  # slots: memory is touched as it is used, or reserved at once
+
+
+class DualFocus:
+    """Answers questions about pictures, and keeps what it saw of them for later questions.
+
+    A picture is a path, an encoded file's bytes, a Pillow image or an (H, W, 3) uint8 RGB array. Several
+    threads may ask at once. A forked process has to open a model of its own.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle | Path | str = BUILT_IN,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        select: SelectRule | None = None,
+        free_box: bool = False,
+        skip_above: float | None = None,
+        slots: int | None = None,
+        cache_mb: float = 512,
+        chunk: int = CHUNK,
+        queue: int = 1024,
+    ) -> None:
+        """`device` and `threads` open a bundle that is a path (`Bundle.open`, which says what it raises).
+
+        `select`, `free_box` and `skip_above` are `protocol.focus`'s. `slots` rows of KV cache answer half as
+        many questions at once; None takes `ON_CPU` or `ON_GPU`. `cache_mb` and `chunk` are `Engine`'s. At
+        most `queue` questions may be on their way.
+        """
+        if not isinstance(bundle, Bundle):
+            bundle = Bundle.open(bundle, device=device, threads=threads)
+        self.bundle = bundle
+        self._focus = partial(focus, select=select, free_box=free_box, skip_above=skip_above)
+        self._slots = slots or (ON_CPU if bundle.device.kind == "cpu" else ON_GPU)
+        engine = Engine(bundle, slots=self._slots, cache_mb=cache_mb, chunk=chunk)
+        self._worker = Worker(engine, queue)
+
+    def ask(
+        self,
+        picture: PictureSource,
+        question: str | Question,
+        mode: Mode = "dual",
+        *,
+        box_reply: str | None = None,
+    ) -> FocusResult:
+        """Answer `question` about `picture`.
+
+        "dual" runs both passes and takes the better answer; "macro" looks at the whole picture only; "micro"
+        takes the zoomed answer, and the macro answer where the model points nowhere. `box_reply` stands for
+        the model's reply to the locate turn. Raises PictureError, and QuestionError for a question that is
+        empty or too long, before anything is computed.
+        """
+        return _wait(self._worker.submit(open_picture(picture), question, self._protocol(mode, box_reply)))
+
+    def stream(
+        self, picture: PictureSource, question: str | Question, mode: Mode = "dual"
+    ) -> Iterator[Event]:
+        """What `ask` does, as it happens: stages, the replies' tokens, the region, at last the result.
+
+        A stream that is closed before its end cancels the question.
+        """
+        return _stream(self._worker.submit(_kept(picture), question, self._protocol(mode)))
+
+    def ask_many(self, asked: Iterable[Asked], mode: Mode = "dual") -> Batch:
+        """Answer (picture, question) pairs side by side: an iterator over `ask`'s answers, in order.
+
+        Pictures are read when their turn comes: a picture may also be a function that gives it. What a pair
+        fails with is raised at its place, and the iterator can be read on.
+        """
+        return Batch(self, asked, mode, self._slots)
+
+    def session(self, picture: PictureSource) -> Session:
+        """For several questions about `picture`, which is hashed only once."""
+        pixels = _kept(picture)
+        return Session(self, pixels, image_name(pixels, self.bundle.digest))
+
+    def submit(
+        self,
+        picture: PictureSource,
+        question: str | Question,
+        protocol: Protocol | None = None,
+        *,
+        priority: int = 0,
+    ) -> Handle:
+        """Queue a question and return at once. `protocol` None is DualFocus, as `ask` runs it.
+
+        Of the questions that wait, those of the highest `priority` come first. Raises as `ask` does, and
+        BusyError where too many are on their way.
+        """
+        return self._worker.submit(
+            _kept(picture), question, protocol or self._protocol("dual"), priority=priority
+        )
+
+    def close(self) -> None:
+        """Cancel what is on its way, and end the engine's thread."""
+        self._worker.close()
+
+    def __enter__(self) -> DualFocus:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _protocol(self, mode: Mode, box_reply: str | None = None) -> Protocol:
+        assert mode in get_args(Mode), f"mode is {mode!r}"
+        return partial(self._focus, mode=mode, box_reply=box_reply)
+
+
+class Session:
+    """Questions about one picture. Made by `DualFocus.session`."""
+
+    def __init__(self, model: DualFocus, picture: Picture, name: str) -> None:
+        self._model = model
+        self._picture = picture
+        self._name = name
+
+    def ask(self, question: str | Question, mode: Mode = "dual") -> FocusResult:
+        """As `DualFocus.ask`."""
+        return _wait(self._submit(question, mode))
+
+    def stream(self, question: str | Question, mode: Mode = "dual") -> Iterator[Event]:
+        """As `DualFocus.stream`."""
+        return _stream(self._submit(question, mode))
+
+    def _submit(self, question: str | Question, mode: Mode) -> Handle:
+        model = self._model
+        return model._worker.submit(self._picture, question, model._protocol(mode), name=self._name)
+
+
+class Batch:
+    """Answers in order, as `DualFocus.ask_many` gives them. `done` counts those that were given."""
+
+    def __init__(self, model: DualFocus, asked: Iterable[Asked], mode: Mode, ahead: int) -> None:
+        self.done = 0
+        self._model = model
+        self._asked = iter(asked)
+        self._protocol = model._protocol(mode)
+        self._ahead = ahead
+        self._coming: deque[Handle | InputError] = deque()
+
+    def __iter__(self) -> Batch:
+        return self
+
+    def __next__(self) -> FocusResult:
+        self._submit()
+        if not self._coming:
+            raise StopIteration
+        first = self._coming.popleft()
+        self.done += 1
+        if isinstance(first, InputError):
+            raise first
+        return _wait(first)
+
+    def _submit(self) -> None:
+        """Keep enough on the way that the engine never waits."""
+        while len(self._coming) < self._ahead and (pair := next(self._asked, None)) is not None:
+            try:
+                picture, question = pair
+                pixels = picture() if callable(picture) else picture
+                self._coming.append(self._model.submit(pixels, question, self._protocol))
+            except InputError as error:
+                self._coming.append(error)
+
+
+def _kept(source: PictureSource) -> Picture:
+    """The picture at `source`, as an array that nobody else can change."""
+    picture = open_picture(source)
+    return picture.copy() if picture is source else picture
+
+
+def _wait(handle: Handle) -> FocusResult:
+    try:
+        result: FocusResult = handle.result()
+    except BaseException:  # Ctrl-C, for one: nobody waits for it any more
+        handle.cancel()
+        raise
+    return result
+
+
+def _stream(handle: Handle) -> Iterator[Event]:
+    try:
+        yield from handle
+    finally:
+        handle.cancel()

@@ -20,7 +20,7 @@ import numpy as np
 from dualfocus.bench import fresh, harness
 from dualfocus.bench.scenes import held_out
 from dualfocus.kernels import cuda
-from dualfocus.runtime import Bundle, FocusRunner, PlainRunner, devices, onnx
+from dualfocus.runtime import Bundle, FocusRunner, PlainRunner, devices, onnx, registry
 from dualfocus.runtime.devices import Device, Kind
 from dualfocus.runtime.errors import DeviceError
 from dualfocus.runtime.image import Picture
@@ -46,7 +46,7 @@ def parts(kind: Kind, precision: Precision, setup: Setup) -> Iterator[Part]:
 
     wanted = devices.parse(setup.device)
     device = Device(kind, wanted.index if wanted else 0)
-    if (why := devices.problem(device)) is not None:
+    if (why := registry.problem(device)) is not None:
         raise DeviceError(why)
     path = setup.folder / f"nano-{TARGETS.get(kind, 'cuda')}-{precision}"
     if kind == "tensorrt":

@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dualfocus.kernels import cuda
-from dualfocus.runtime import devices, packed
+from dualfocus.runtime import devices, packed, registry
 from dualfocus.runtime.devices import Device
 from dualfocus.runtime.engines import Array, Decoder, VisionEncoder
 from dualfocus.runtime.errors import BundleError
@@ -73,7 +73,7 @@ class Bundle:
     ) -> Bundle:
         """Check the bundle at `path` and open its engines on `device`; packed ones where they fit (`packed`).
 
-        "auto" is the best device that works for the bundle (`devices.choose`). On the CPU, `threads` None
+        "auto" is the best device that works for the bundle (`registry.choose`). On the CPU, `threads` None
         takes one for each core; with `spin` they wait awake for each other within a call, which is faster
         unless something else wants their cores. TensorRT opens what was built for it, and nothing else
         (`tensorrt`). Raises BundleError; DeviceError where the device does not work or is not for the bundle;
@@ -86,7 +86,7 @@ class Bundle:
             verify(path, manifest)
         tokenizer = _open_tokenizer(path, manifest)
         embeddings = _open_embeddings(path, manifest)
-        chosen = devices.choose(wanted, manifest.target)
+        chosen = registry.choose(wanted, manifest.target)
 
         image, spec = manifest.image, manifest.decoder
         vision: VisionEncoder

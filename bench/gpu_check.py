@@ -101,7 +101,7 @@ def _plain(bundle: Bundle, asked: Asked) -> list[FocusResult]:
 
 
 def _recorded(after: int, bundle: Bundle, asked: Asked) -> list[FocusResult]:
-    with patch.object(onnx, "RECORDED_AFTER", after):
+    with patch.object(onnx, "CAPTURE_AFTER", after):
         return _focus(bundle, asked)
 
 

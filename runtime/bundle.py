@@ -117,7 +117,7 @@ class Bundle:
             cache = graphs / packed.CACHE if graphs != path else None
             place = onnx.Place(chosen, threads_used, aside, half=True, cache=cache)
             vision = onnx.OnnxDeviceVisionEncoder(files[0], image, spec.hidden, place)
-            place = replace(place, stream=ordered, alone=None if chosen.kind == "cpu" else alone)
+            place = replace(place, stream=ordered, captures_steps=chosen.kind != "cpu", alone=alone)
             decoder = onnx.OnnxDeviceDecoder(files[1], spec, place)
         else:
             place = onnx.Place(chosen, threads_used)

@@ -38,7 +38,7 @@ class Call:
     copies: dict[str, Array] = field(default_factory=dict)
     outputs: dict[str, Array] = field(default_factory=dict)
     times: int = 0  # how often it was made
-    recording: int = 0  # the number of what is replayed in its place; 0: nothing yet
+    captured: int | None = None  # the CUDA graph that is replayed in its place
 
 
 class GraphDecoder(ABC):

@@ -7,7 +7,7 @@ import ctypes
 import functools
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -31,8 +31,9 @@ except ImportError:
 
 
 VERSION: str = ort.__version__
-# A recorded step outlives its cache, so that only one that stays is worth it: as many steps, no reply has.
-RECORDED_AFTER = 256
+# ONNX Runtime never frees a captured CUDA graph, so capture only rows that live longer than a reply.
+CAPTURE_AFTER = 256  # steps over the same rows
+NO_CAPTURE = -1  # the graph id of a run that is neither captured nor replayed
 
 Shapes = dict[str, list[int | None]]  # by name; None: any size
 
@@ -149,10 +150,11 @@ class Place:
     threads: Threads = Threads()
     stream: Any = None  # CuPy's, which everything is queued on
     half: bool = False  # the graphs compute in float16
-    # Steps that come again and again are recorded, and replayed as CUDA graphs. While one is recorded, CUDA
-    # lets no other thread allocate: who works beside the decoder holds this meanwhile.
-    alone: Lock | None = None
-    cache: Path | None = None  # a folder of TensorRT-RTX's, for what it compiles at the first start
+    captures_steps: bool = False  # steps that recur become CUDA graphs
+    # Held while a step is captured: CUDA then lets no other thread allocate. Threads that work on the device
+    # while the decoder runs hold it too.
+    alone: Lock = field(default_factory=Lock)
+    cache: Path | None = None  # a folder where TensorRT-RTX keeps what it compiles at the first start
 
 
 def _session(path: Path, options: ort.SessionOptions, place: Place) -> ort.InferenceSession:
@@ -161,7 +163,7 @@ def _session(path: Path, options: ort.SessionOptions, place: Place) -> ort.Infer
     if device.kind == "cuda":  # memory as much as is needed, and no search for the tower's one convolution
         chosen = {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
     if device.kind != "cpu":
-        chosen |= {"device_id": str(device.index), "enable_cuda_graph": str(int(place.alone is not None))}
+        chosen |= {"device_id": str(device.index), "enable_cuda_graph": str(int(place.captures_steps))}
         if place.stream is not None:
             chosen |= {"user_compute_stream": str(place.stream.ptr)}
     if device.kind == "tensorrt-rtx":
@@ -295,29 +297,33 @@ class OnnxDeviceDecoder(_OnSession, DeviceDecoder):
 
     def __init__(self, path: Path, spec: DecoderSpec, place: Place) -> None:
         super().__init__(spec, place.device)
-        self._place, self._recordings = place, 0
+        self._place, self._captured = place, 0
         tokens: Shapes = {"tokens": [None, None], "images": [None, spec.hidden]}
         self._session = _open_decoder(path, spec, place, tokens)
 
     def _total(self, call: Call, longest_row: int, capacity: int) -> int:
-        # a recorded step reads how much of the cache is valid on the device, and no other bound
-        return capacity if call.is_step and self._place.alone is not None else longest_row
+        # a captured step keeps this value; it reads on the device how much of the cache is valid
+        return capacity if call.is_step and self._place.captures_steps else longest_row
 
     def _execute(self, call: Call) -> None:
-        """Steps that come again and again are recorded, and replayed as CUDA graphs."""
-        alone = self._place.alone
-        if alone is None:
+        """Run the graph; capture a step as a CUDA graph once it recurs, and replay it from then on."""
+        if not self._place.captures_steps:
             _run(self._session, call.binding, self._place)
             return
         call.times += 1
-        is_new = call.is_step and call.times == RECORDED_AFTER
-        number = self._recordings + 1 if is_new else call.recording
+        if call.is_step and call.times == CAPTURE_AFTER:
+            graph = self._captured + 1
+            with self._place.alone:
+                self._run_as(graph, call)
+            self._captured = call.captured = graph
+        else:
+            self._run_as(call.captured, call)
+
+    def _run_as(self, graph: int | None, call: Call) -> None:
+        """Capture the call as CUDA graph `graph`, or replay it if it is captured; None: only run it."""
         options = ort.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", str(number or -1))
-        with alone if is_new else contextlib.nullcontext():
-            _run(self._session, call.binding, self._place, options)
-        if is_new:
-            self._recordings = call.recording = number
+        options.add_run_config_entry("gpu_graph_id", str(NO_CAPTURE if graph is None else graph))
+        _run(self._session, call.binding, self._place, options)
 
 
 def _open_decoder(path: Path, spec: DecoderSpec, place: Place, tokens: Shapes) -> ort.InferenceSession:

@@ -47,7 +47,7 @@ def main(library: str, folder: str) -> dict[str, Any]:
         return made
 
     onnx._options = told
-    onnx.RECORDED_AFTER = RECORDED_AFTER
+    onnx.CAPTURE_AFTER = RECORDED_AFTER
     report: dict[str, Any] = {"problem": registry.problem(devices.Device("cuda"))}
     bundle = Bundle.open(folder, device="cuda")
     for name, session in (("vision", bundle.vision._session), ("decoder", bundle.decoder._session)):

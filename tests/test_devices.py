@@ -385,7 +385,7 @@ def test_little_is_copied_to_and_from_a_gpu(built: dict[str, Path], monkeypatch:
 
 def test_steps_that_come_again_are_recorded(built: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     emulated.install(monkeypatch)
-    monkeypatch.setattr(engine, "RECORDED_AFTER", 3)
+    monkeypatch.setattr(engine, "CAPTURE_AFTER", 3)
     bundle = Bundle.open(built["cuda-fp16"])
     held: list[bool] = []
     run = emulated._Session.run_with_iobinding

@@ -9,9 +9,9 @@ what it says the likeliest tokens and the logarithms of their probabilities' sum
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -19,8 +19,11 @@ import numpy.typing as npt
 
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.devices import Device
-from dualfocus.runtime.engines import Array, DeviceLogits, to_host
+from dualfocus.runtime.engines import Array, DeviceLogits, TokenIds, to_host
 from dualfocus.runtime.manifest import DecoderSpec
+
+Input = TypeVar("Input", bound=Sized)  # the new tokens of a row, as the graph takes them
+Output = TypeVar("Output")  # the logits of a row
 
 IDLE_TOKENS = 8  # a call may compute so many idle positions; for more, another call costs less
 
@@ -41,8 +44,8 @@ class Call:
     captured: int | None = None  # the CUDA graph that is replayed in its place
 
 
-class GraphDecoder(ABC):
-    """`engines.Decoder` over a graph of `DecoderSpec`'s contract."""
+class GraphDecoder(ABC, Generic[Input, Output]):
+    """`engines.DecoderOf` over a graph of `DecoderSpec`'s contract."""
 
     def __init__(self, spec: DecoderSpec, rows: int | None = None) -> None:
         """A call takes `rows` rows at most; None: any number."""
@@ -53,10 +56,10 @@ class GraphDecoder(ABC):
         self,
         cache: KVCache,
         rows: Sequence[int],
-        embeddings: Sequence[Any],
+        embeddings: Sequence[Input],
         logits_at: Sequence[Sequence[int]],
-    ) -> list[Any]:
-        """As `engines.Decoder.extend`."""
+    ) -> list[Output]:
+        """As `engines.DecoderOf.extend`."""
         assert len(set(rows)) == len(rows), f"a row twice in one call: {rows}"
         longest = max(map(len, embeddings))
         calls: list[list[int]] = []  # of indices into `rows`
@@ -65,7 +68,7 @@ class GraphDecoder(ABC):
                 calls[-1].append(i)
             else:
                 calls.append([i])
-        results: dict[int, Any] = {}
+        results: dict[int, Output] = {}
         for call in calls:
             new, wanted = [embeddings[i] for i in call], [logits_at[i] for i in call]
             results |= zip(call, self._run(cache, [rows[i] for i in call], new, wanted), strict=True)
@@ -82,8 +85,8 @@ class GraphDecoder(ABC):
         return idle * longest <= IDLE_TOKENS and max(cache.lengths[last : row + 1]) <= room
 
     def _run(
-        self, cache: KVCache, rows: Sequence[int], new: Sequence[Any], logits_at: Sequence[Sequence[int]]
-    ) -> list[Any]:
+        self, cache: KVCache, rows: Sequence[int], new: Sequence[Input], logits_at: Sequence[Sequence[int]]
+    ) -> list[Output]:
         """One call of the graph, over all rows from the first to the last.
 
         Those not asked for are idle. Given no tokens, they pass as empty, and nothing is written to them;
@@ -172,16 +175,16 @@ class GraphDecoder(ABC):
     def _bind_inputs(self, call: Call) -> None: ...
 
     @abstractmethod
-    def _write_tokens(self, call: Call, rows: Sequence[int], new: Sequence[Any]) -> None:
+    def _write_tokens(self, call: Call, rows: Sequence[int], new: Sequence[Input]) -> None:
         """Write chunks to rows of a call."""
 
     @abstractmethod
-    def _compute(self, call: Call, rows: Sequence[int], wanted: Sequence[int]) -> list[Any]:
+    def _compute(self, call: Call, rows: Sequence[int], wanted: Sequence[int]) -> list[Output]:
         """Run the graph, and give out each row's logits, as many as are wanted."""
 
 
-class DeviceDecoder(GraphDecoder):
-    """`engines.Decoder` over a graph that looks up embeddings and chooses on its device."""
+class DeviceGraphDecoder(GraphDecoder[TokenIds, list[DeviceLogits]]):
+    """`engines.DeviceDecoder` over a graph that looks up embeddings and chooses on its device."""
 
     def __init__(self, spec: DecoderSpec, device: Device, rows: int | None = None) -> None:
         super().__init__(spec, rows)
@@ -219,7 +222,7 @@ class DeviceDecoder(GraphDecoder):
         for name, array in call.outputs.items():
             self._bind(call.binding, name, array, is_output=True)
 
-    def _write_tokens(self, call: Call, rows: Sequence[int], new: Sequence[Any]) -> None:
+    def _write_tokens(self, call: Call, rows: Sequence[int], new: Sequence[TokenIds]) -> None:
         images: list[Array] = []
         shown = 0
         for row, chunk in zip(rows, new, strict=True):
@@ -232,7 +235,7 @@ class DeviceDecoder(GraphDecoder):
         call.copies["images"] = images[0] if images else self._no_images
         self._bind(call.binding, "images", call.copies["images"])
 
-    def _compute(self, call: Call, rows: Sequence[int], wanted: Sequence[int]) -> list[Any]:
+    def _compute(self, call: Call, rows: Sequence[int], wanted: Sequence[int]) -> list[list[DeviceLogits]]:
         for name, array in call.inputs.items():
             if name in call.copies:
                 _copy_to(call.copies[name], array)

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dualfocus import kernels
-from dualfocus.runtime.calls import Call, DeviceDecoder, GraphDecoder
+from dualfocus.runtime.calls import Call, DeviceGraphDecoder, GraphDecoder, Input, Output
 from dualfocus.runtime.devices import CPU, Device
-from dualfocus.runtime.engines import Array, Floats, address
+from dualfocus.runtime.engines import Array, DeviceLogits, Floats, TokenIds, address
 from dualfocus.runtime.errors import BundleError, DeviceError, EngineError
 from dualfocus.runtime.manifest import DecoderSpec, ImageSpec
 
@@ -247,7 +247,7 @@ class OnnxDeviceVisionEncoder:
         return features
 
 
-class _OnSession(GraphDecoder):
+class _OnSession(GraphDecoder[Input, Output]):
     """Memory is bound to a session on the decoder's graph."""
 
     _session: ort.InferenceSession
@@ -260,8 +260,8 @@ class _OnSession(GraphDecoder):
         _bind(binding.bind_output if is_output else binding.bind_input, name, array, self._place.device)
 
 
-class OnnxDecoder(_OnSession):
-    """`engines.Decoder` on ONNX Runtime."""
+class OnnxDecoder(_OnSession[Floats, Floats]):
+    """`engines.HostDecoder` on ONNX Runtime."""
 
     def __init__(self, path: Path, spec: DecoderSpec, place: Place) -> None:
         super().__init__(spec)
@@ -275,14 +275,14 @@ class OnnxDecoder(_OnSession):
         for name, array in call.inputs.items():
             self._bind(call.binding, name, array)
 
-    def _write_tokens(self, call: Call, rows: Sequence[int], new: Sequence[Any]) -> None:
+    def _write_tokens(self, call: Call, rows: Sequence[int], new: Sequence[Floats]) -> None:
         told = call.inputs["inputs_embeds"]
         if len(rows) < len(told):  # in 8 bits, all rows share the range of their activations: nothing stale
             told[:] = 0
         for row, chunk in zip(rows, new, strict=True):
             told[row, : len(chunk)] = chunk
 
-    def _compute(self, call: Call, rows: Sequence[int], wanted: Sequence[int]) -> list[Any]:
+    def _compute(self, call: Call, rows: Sequence[int], wanted: Sequence[int]) -> list[Floats]:
         logits = np.empty((*call.inputs["logits_at"].shape, self._spec.vocabulary), np.float32)
         self._bind(call.binding, "logits", logits, is_output=True)
         self._session.run_with_iobinding(call.binding)
@@ -292,8 +292,8 @@ class OnnxDecoder(_OnSession):
         return [logits[row, :count].copy() for row, count in zip(rows, wanted, strict=True)]
 
 
-class OnnxDeviceDecoder(_OnSession, DeviceDecoder):
-    """`calls.DeviceDecoder` on ONNX Runtime."""
+class OnnxDeviceDecoder(_OnSession[TokenIds, list[DeviceLogits]], DeviceGraphDecoder):
+    """`engines.DeviceDecoder` on ONNX Runtime."""
 
     def __init__(self, path: Path, spec: DecoderSpec, place: Place) -> None:
         super().__init__(spec, place.device)

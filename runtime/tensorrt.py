@@ -23,9 +23,9 @@ import numpy as np
 
 from dualfocus.runtime import devices
 from dualfocus.runtime.cache import KVCache
-from dualfocus.runtime.calls import Call, DeviceDecoder
+from dualfocus.runtime.calls import Call, DeviceGraphDecoder
 from dualfocus.runtime.devices import Device
-from dualfocus.runtime.engines import Array, TokenIds, address
+from dualfocus.runtime.engines import Array, DeviceLogits, TokenIds, address
 from dualfocus.runtime.errors import BundleError, DeviceError, EngineError
 from dualfocus.runtime.manifest import DecoderSpec, ImageSpec
 
@@ -248,8 +248,8 @@ class TensorRtVisionEncoder:
         return features
 
 
-class TensorRtDecoder(DeviceDecoder):
-    """`engines.Decoder` on TensorRT: appends run with one profile of its engine, steps with another."""
+class TensorRtDecoder(DeviceGraphDecoder):
+    """`engines.DeviceDecoder` on TensorRT: appends run with one profile of its engine, steps with another."""
 
     def __init__(self, engines: Engines, spec: DecoderSpec, device: Device, stream: Any) -> None:
         """Work is queued on `stream`, CuPy's, which the default one waits for."""
@@ -265,10 +265,10 @@ class TensorRtDecoder(DeviceDecoder):
         rows: Sequence[int],
         embeddings: Sequence[TokenIds],
         logits_at: Sequence[Sequence[int]],
-    ) -> list[Any]:
-        """As `engines.Decoder.extend`; what is more than one call takes is appended piece by piece."""
+    ) -> list[list[DeviceLogits]]:
+        """As `engines.DecoderOf.extend`; what is more than one call takes is appended piece by piece."""
         assert cache.capacity == self._spec.context, "an engine's cache is as long as the model's context"
-        found: list[list[Any]] = [[] for _ in rows]
+        found: list[list[DeviceLogits]] = [[] for _ in rows]
         done = [0] * len(rows)
         while left := [i for i, chunk in enumerate(embeddings) if done[i] < len(chunk)]:
             pieces, wanted = [], []

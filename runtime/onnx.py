@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import functools
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -16,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dualfocus import kernels
-from dualfocus.runtime.calls import Call, DeviceGraphDecoder, GraphDecoder, Input, Output
+from dualfocus.runtime.calls import Append, Call, DeviceGraphDecoder, GraphDecoder, Input, Output
 from dualfocus.runtime.devices import CPU, Device
 from dualfocus.runtime.engines import Array, DeviceLogits, Floats, TokenIds, address
 from dualfocus.runtime.errors import BundleError, DeviceError, EngineError
@@ -275,21 +274,24 @@ class OnnxDecoder(_OnSession[Floats, Floats]):
         for name, array in call.inputs.items():
             self._bind(call.binding, name, array)
 
-    def _write_tokens(self, call: Call, rows: Sequence[int], new: Sequence[Floats]) -> None:
-        told = call.inputs["inputs_embeds"]
-        if len(rows) < len(told):  # in 8 bits, all rows share the range of their activations: nothing stale
-            told[:] = 0
-        for row, chunk in zip(rows, new, strict=True):
-            told[row, : len(chunk)] = chunk
+    def _write_tokens(self, call: Call, append: Append[Floats]) -> None:
+        written = call.inputs["inputs_embeds"]
+        if len(append.rows) < len(written):  # in int8, rows share an activation scale: idle ones must be zero
+            written[:] = 0
+        for place, chunk in zip(append.places, append.chunks, strict=True):
+            written[place, : len(chunk)] = chunk
 
-    def _compute(self, call: Call, rows: Sequence[int], wanted: Sequence[int]) -> list[Floats]:
+    def _compute(self, call: Call, append: Append[Floats]) -> list[Floats]:
         logits = np.empty((*call.inputs["logits_at"].shape, self._spec.vocabulary), np.float32)
         self._bind(call.binding, "logits", logits, is_output=True)
         self._session.run_with_iobinding(call.binding)
         if len(logits) == 1:
             return [logits[0]]
         # copies, so that a row's logits do not keep those of the whole call
-        return [logits[row, :count].copy() for row, count in zip(rows, wanted, strict=True)]
+        return [
+            logits[place, : len(requested)].copy()
+            for place, requested in zip(append.places, append.logits_at, strict=True)
+        ]
 
 
 class OnnxDeviceDecoder(_OnSession[TokenIds, list[DeviceLogits]], DeviceGraphDecoder):
@@ -301,9 +303,9 @@ class OnnxDeviceDecoder(_OnSession[TokenIds, list[DeviceLogits]], DeviceGraphDec
         tokens: Shapes = {"tokens": [None, None], "images": [None, spec.hidden]}
         self._session = _open_decoder(path, spec, place, tokens)
 
-    def _total(self, call: Call, longest_row: int, capacity: int) -> int:
+    def _total(self, call: Call, fullest: int, capacity: int) -> int:
         # a captured step keeps this value; it reads on the device how much of the cache is valid
-        return capacity if call.is_step and self._place.captures_steps else longest_row
+        return capacity if call.is_step and self._place.captures_steps else fullest
 
     def _execute(self, call: Call) -> None:
         """Run the graph; capture a step as a CUDA graph once it recurs, and replay it from then on."""

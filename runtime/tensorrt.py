@@ -287,8 +287,8 @@ class TensorRtDecoder(DeviceGraphDecoder):
                 found[i] += logits
         return found
 
-    def _total(self, call: Call, longest_row: int, capacity: int) -> int:
-        return min(-(-longest_row // TOKENS) * TOKENS, capacity)
+    def _total(self, call: Call, fullest: int, capacity: int) -> int:
+        return min(-(-fullest // TOKENS) * TOKENS, capacity)
 
     def _new_binding(self) -> dict[str, _Memory]:
         return {}

@@ -50,7 +50,9 @@ class Bundle:
     tokenizer: Tokenizer
     embeddings: Embeddings  # of the decoder's kind
     viewer: Callable[[Seen], Array] | None = None  # what crops on the device, if anything does
-    alone: Lock = field(default_factory=Lock)  # for the device, held by who works there beside the decoder
+    alone: Lock = field(
+        default_factory=Lock
+    )  # held by work on the device that is concurrent with the decoder
 
     def view(self, seen: Seen) -> Array:
         """(N, 3, S, S): what the vision tower sees of crops of pictures; on its device, if that can crop."""
@@ -72,13 +74,13 @@ class Bundle:
         threads: int | None = None,
         spin: bool = True,
     ) -> Bundle:
-        """Check the bundle at `path` and open its engines on `device`; packed ones where they fit (`packed`).
+        """Check the bundle at `path` and open its engines on `device`; packed graphs if they fit (`packed`).
 
-        "auto" is the best device that works for the bundle (`registry.choose`). On the CPU, `threads` None
-        takes one for each core; with `spin` they wait awake for each other within a call, which is faster
-        unless something else wants their cores. TensorRT opens what was built for it, and nothing else
-        (`tensorrt`). Raises BundleError; DeviceError where the device does not work or is not for the bundle;
-        and EngineError when no ONNX Runtime is installed.
+        "auto" is the best device that works for the bundle (`registry.choose`). On the CPU, `threads` None is
+        one thread for each core; with `spin` they busy-wait within a call, which is faster unless something
+        else needs the cores. TensorRT opens only engines that were built for it (`tensorrt`). Raises
+        BundleError; DeviceError if the device does not work or cannot run the bundle; EngineError if ONNX
+        Runtime is not installed.
         """
         path = Path(path)
         wanted = devices.parse(device)
@@ -95,7 +97,7 @@ class Bundle:
         viewer = aside = ordered = None
         if manifest.target in ON_DEVICE:
             chosen.use()
-            # The default stream, CuPy's, and the decoder's wait for each other; the tower's runs beside them.
+            # CuPy's default stream and the decoder's wait for each other; the vision tower's is concurrent.
             aside, ordered = chosen.stream(blocking=False), chosen.stream(blocking=True)
             embeddings = DeviceEmbeddings(spec.vocabulary)
             if chosen.kind != "cpu" and cuda.available():

@@ -1,4 +1,4 @@
-"""The engines on ONNX Runtime; nothing else imports onnxruntime."""
+"""The vision encoder and the decoder on ONNX Runtime. No other module of the runtime imports onnxruntime."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class Threads:
     """How the engines use the processor."""
 
     number: int | None = None  # None: one for each core
-    spin: bool = True  # between two parts of a call, threads wait awake: right unless others want the cores
+    spin: bool = True  # threads busy-wait within a call: faster, unless others need the cores
 
 
 def save_packed(source: Path, target: Path, device: Device, *, half: bool) -> None:
-    """Write the graph at `source`, which computes in float16 if `half`, to `target`, as `device` reads it.
+    """Write the graph at `source`, which computes in float16 if `half`, to `target` as `device` reads it.
 
-    For a CPU its weights are beside it as the kernels read them; for TensorRT-RTX, an engine is.
+    The file next to it holds repacked weights for a CPU, and an engine for TensorRT-RTX.
     """
     data = f"{target.name}.data"
     if device.kind == "cpu":
@@ -78,7 +78,7 @@ def _options(threads: Threads, *, half: bool = False) -> ort.SessionOptions:
     if threads.number is not None:
         options.intra_op_num_threads = threads.number
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(threads.spin)))
-    # between calls nothing is to be waited for: one graph's threads would spin on into the other's work
+    # after a call, the graph's threads would keep spinning while the other graph works
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # Without VNNI, pairs of 8-bit products are added in 16 bits, and overflow, unless this is set; with VNNI
     # it would halve the speed. The crop kernel's AVX-512 path needs VNNI too, so it is there or is not.
@@ -89,9 +89,9 @@ def _options(threads: Threads, *, half: bool = False) -> ort.SessionOptions:
 
 
 def problem(device: Device) -> str | None:
-    """What ONNX Runtime lacks to run graphs on `device`, whose GPU is there; None if nothing.
+    """Why ONNX Runtime cannot run graphs on `device`, whose GPU exists; None if it can.
 
-    Raises DeviceError, which says it too, where the TensorRT-RTX plug-in cannot be had.
+    Raises DeviceError with the reason if the TensorRT-RTX plug-in is missing or does not load.
     """
     if device.kind == "tensorrt-rtx":
         found = len(_rtx_devices())
@@ -104,8 +104,8 @@ def problem(device: Device) -> str | None:
 
 
 def _library_problem(folder: Path, name: str) -> str | None:
-    """Why the provider's library `name` cannot be loaded: ONNX Runtime itself would go on without it."""
-    with contextlib.redirect_stdout(io.StringIO()):  # where it tells of what is missing, as we do
+    """Why the provider's library `name` does not load. ONNX Runtime itself would continue without it."""
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what is missing
         ort.preload_dlls()  # CUDA's and cuDNN's, where pip installed them
     try:
         ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), ctypes.RTLD_GLOBAL)
@@ -117,7 +117,7 @@ def _library_problem(folder: Path, name: str) -> str | None:
 
 @functools.cache
 def _rtx_devices() -> list[Any]:
-    """The GPUs that the TensorRT-RTX plug-in takes, in the driver's order."""
+    """The GPUs that the TensorRT-RTX plug-in supports, in the driver's order."""
     try:
         import onnxruntime_ep_nv_tensorrt_rtx as rtx
     except ImportError as error:
@@ -134,7 +134,7 @@ def _rtx_devices() -> list[Any]:
 
 
 def rtx_version() -> str:
-    """Of the TensorRT-RTX plug-in, which has to be there."""
+    """The version of the TensorRT-RTX plug-in, which has to be installed."""
     import onnxruntime_ep_nv_tensorrt_rtx as rtx
 
     version: str = rtx.__version__
@@ -143,11 +143,11 @@ def rtx_version() -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """Where sessions run: a device, and how."""
+    """Where and how sessions run."""
 
     device: Device = CPU
     threads: Threads = Threads()
-    stream: Any = None  # CuPy's, which everything is queued on
+    stream: Any = None  # CuPy's; all work is queued on it
     half: bool = False  # the graphs compute in float16
     captures_steps: bool = False  # steps that recur become CUDA graphs
     # Held while a step is captured: CUDA then lets no other thread allocate. Threads that work on the device
@@ -159,7 +159,7 @@ class Place:
 def _session(path: Path, options: ort.SessionOptions, place: Place) -> ort.InferenceSession:
     device = place.device
     chosen: dict[str, str] = {}
-    if device.kind == "cuda":  # memory as much as is needed, and no search for the tower's one convolution
+    if device.kind == "cuda":  # memory only as requested, and no search for the tower's one convolution
         chosen = {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
     if device.kind != "cpu":
         chosen |= {"device_id": str(device.index), "enable_cuda_graph": str(int(place.captures_steps))}
@@ -184,7 +184,7 @@ def _session(path: Path, options: ort.SessionOptions, place: Place) -> ort.Infer
 
 
 def _open(path: Path, place: Place, inputs: Shapes, outputs: Shapes) -> ort.InferenceSession:
-    """A session on the graph at `path`, which has these `inputs` and no others, and these `outputs`."""
+    """A session on the graph at `path`. It must have exactly these `inputs`, and at least these `outputs`."""
     session = _session(path, _options(place.threads, half=place.half), place)
     for kind, nodes, expected in (
         ("input", session.get_inputs(), inputs),
@@ -207,8 +207,8 @@ def _open(path: Path, place: Place, inputs: Shapes, outputs: Shapes) -> ort.Infe
 class OnnxVisionEncoder:
     """`engines.VisionEncoder` on ONNX Runtime.
 
-    With `one_by_one` pictures go through the graph alone: in 8 bits, those of one call share the range of
-    their activations, so that one would change the other's tokens.
+    With `one_by_one`, each picture has a call of its own: in int8, pictures in one call share an activation
+    scale, so that one would change the tokens of another.
     """
 
     def __init__(
@@ -226,7 +226,7 @@ class OnnxVisionEncoder:
 
 
 class OnnxDeviceVisionEncoder:
-    """`engines.VisionEncoder` on ONNX Runtime, in float16, on a device where the image tokens stay."""
+    """`engines.VisionEncoder` on ONNX Runtime, in float16; image tokens stay on the device."""
 
     def __init__(self, path: Path, spec: ImageSpec, hidden: int, place: Place) -> None:
         inputs: Shapes = {"pixel_values": [None, 3, spec.size, spec.size]}
@@ -247,7 +247,7 @@ class OnnxDeviceVisionEncoder:
 
 
 class _OnSession(GraphDecoder[Input, Output]):
-    """Memory is bound to a session on the decoder's graph."""
+    """A decoder that binds memory to a session on its graph."""
 
     _session: ort.InferenceSession
     _place: Place
@@ -329,7 +329,7 @@ class OnnxDeviceDecoder(_OnSession[TokenIds, list[DeviceLogits]], DeviceGraphDec
 
 
 def _open_decoder(path: Path, spec: DecoderSpec, place: Place, tokens: Shapes) -> ort.InferenceSession:
-    """A session on a decoder's graph, which is given the new tokens as `tokens`."""
+    """A session on a decoder's graph; `tokens` are its inputs for the new tokens."""
     past: list[int | None] = [None, spec.kv_heads, spec.context, spec.head_size]  # or of any capacity
     inputs: Shapes = {
         **tokens,
@@ -351,7 +351,7 @@ def _open_decoder(path: Path, spec: DecoderSpec, place: Place, tokens: Shapes) -
 def _run(
     session: ort.InferenceSession, binding: Any, place: Place, options: ort.RunOptions | None = None
 ) -> None:
-    """Run what is bound, and wait for the device."""
+    """Run the graph on what is bound, and wait for the device."""
     try:
         session.run_with_iobinding(binding, options)
     except Exception as error:  # ONNX Runtime's exceptions have no common base but this

@@ -1,9 +1,9 @@
-"""A row of the KV cache that knows which tokens it holds, so that only what is new is computed.
+"""A row of the KV cache that knows its tokens, so that only new ones are computed.
 
-A row is brought to a prompt by keeping the longest common prefix of tokens and computing the rest.
-Branching from an image, going on from a reply, scoring a second candidate and a second question on the
-same picture are all that one operation. What has been computed once about a token stays known: a row
-remembers the log-probabilities of branches that were cut off, as long as what they branched from stands.
+To reach a prompt, a row keeps the longest common prefix of tokens and computes the rest. Branching from an
+image, continuing a reply, scoring a second candidate and asking a second question about a picture are all
+that one operation. A row keeps the log-probabilities of removed branches as long as it holds the prefix they
+branched from.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class CachedSequence:
         return [found[position] for position in at]
 
     def cut(self, length: int) -> None:
-        """Forget the tokens beyond the first `length`, not what was known of them."""
+        """Truncate to `length` tokens; keep the log-probabilities of the removed branch."""
         if length < len(self.tokens):
             self._cut_off = [branch for branch in self._cut_off if branch[0] <= length]
             self._cut_off.append((length, self.tokens[length:], self._logprobs[length:]))

@@ -332,12 +332,12 @@ def pack(
     """Store a bundle's weights as this machine reads them: a fast start. TensorRT's engines are built so."""
     with _errors():
         from dualfocus.runtime import bundle as bundles
-        from dualfocus.runtime import devices, packed
+        from dualfocus.runtime import devices, packed, registry
         from dualfocus.runtime.errors import DeviceError
         from dualfocus.runtime.manifest import ON_DEVICE
 
         manifest, digest = bundles.read_manifest(bundle)
-        chosen = devices.choose(devices.parse(device), manifest.target)
+        chosen = registry.choose(devices.parse(device), manifest.target)
         chosen.use()
         if chosen.kind == "cuda":
             raise DeviceError(
@@ -1004,7 +1004,7 @@ def _print_manifest(
 def _print_devices(*, as_json: bool) -> None:
     from rich.table import Table
 
-    from dualfocus.runtime.devices import survey
+    from dualfocus.runtime.registry import survey
 
     found = survey()
     if as_json:

@@ -22,7 +22,7 @@ from typing import Any
 from dualfocus.bench import accuracy
 from dualfocus.bench.answers import Line, Run
 from dualfocus.bench.questions import Asked
-from dualfocus.runtime import Bundle, DualFocus, InputError, devices
+from dualfocus.runtime import Bundle, DualFocus, InputError, devices, registry
 from dualfocus.runtime.bundle import BUILT_IN
 from dualfocus.runtime.errors import DeviceError
 from dualfocus.runtime.manifest import Target
@@ -55,7 +55,7 @@ def ask_all(
     wanted = devices.parse(device)
     if wanted is not None and wanted.index:
         raise DeviceError(f"Ray chooses the GPU of each worker, expected {wanted.kind} instead of {wanted}")
-    kind = (wanted or devices.choose(None, target)).kind
+    kind = (wanted or registry.choose(None, target)).kind
     is_gpu = kind != "cpu"
     with _connected(address) as ray:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from dualfocus.bench import harness
 from dualfocus.bench.peers.process import Child, Failure, PeerError
 from dualfocus.export.shapes import SHAPES, Shape
-from dualfocus.runtime import devices
+from dualfocus.runtime import devices, registry
 from dualfocus.runtime.errors import DeviceError
 from dualfocus.runtime.manifest import Precision, Target
 
@@ -189,7 +189,7 @@ def machine(setup: Setup) -> Iterator[Part]:
     """What there is, as `dualfocus inspect --devices` says it."""
 
     def survey() -> Figures:
-        found = devices.survey()
+        found = registry.survey()
         works = {kind: why or "works" for kind, why in found["devices"].items()}
         return {"devices": works, "versions": found["versions"], "GPUs": [str(gpu) for gpu in found["gpus"]]}
 

@@ -20,7 +20,7 @@ import numpy as np
 from dualfocus.bench import fresh, harness
 from dualfocus.bench.scenes import held_out
 from dualfocus.kernels import cuda
-from dualfocus.runtime import Bundle, DualFocus, Reference, devices, onnx
+from dualfocus.runtime import Bundle, DualFocus, Reference, devices, onnx, registry
 from dualfocus.runtime.devices import Device, Kind
 from dualfocus.runtime.errors import DeviceError
 from dualfocus.runtime.image import Picture
@@ -46,7 +46,7 @@ def parts(kind: Kind, precision: Precision, setup: Setup) -> Iterator[Part]:
 
     wanted = devices.parse(setup.device)
     device = Device(kind, wanted.index if wanted else 0)
-    if (why := devices.problem(device)) is not None:
+    if (why := registry.problem(device)) is not None:
         raise DeviceError(why)
     path = setup.folder / f"nano-{TARGETS.get(kind, 'cuda')}-{precision}"
     if kind == "tensorrt":
@@ -101,7 +101,7 @@ def _plain(bundle: Bundle, asked: Asked) -> list[FocusResult]:
 
 
 def _recorded(after: int, bundle: Bundle, asked: Asked) -> list[FocusResult]:
-    with patch.object(onnx, "RECORDED_AFTER", after):
+    with patch.object(onnx, "CAPTURE_AFTER", after):
         return _focus(bundle, asked)
 
 

@@ -132,13 +132,13 @@ class _Model:
                 calls[f"transformers, {part}"] = peer.parts[part]
                 if part in peer.before:
                     before[f"transformers, {part}"] = peer.before[part]
-        with patch.object(onnx, "RECORDED_AFTER", NEVER):
+        with patch.object(onnx, "CAPTURE_AFTER", NEVER):
             return self._told(timed(calls, self._setup, before))
 
     def replayed(self) -> Figures:
         """Steps of decode again, as CUDA graphs, which become of rows that stay."""
         calls, before = self._steps()
-        with patch.object(onnx, "RECORDED_AFTER", 2):  # the second is recorded, all that follow are replayed
+        with patch.object(onnx, "CAPTURE_AFTER", 2):  # the second is recorded, all that follow are replayed
             return self._told(timed(calls, self._setup, before))
 
     def _steps(self) -> tuple[dict[str, Callable[[], object]], dict[str, Callable[[], object]]]:

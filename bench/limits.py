@@ -46,10 +46,11 @@ from dualfocus.bench.harness import Watch
 from dualfocus.kernels import stream_sum
 from dualfocus.runtime import Bundle
 from dualfocus.runtime.cache import KVCache
-from dualfocus.runtime.engines import Decoder, Floats
+from dualfocus.runtime.engines import Floats, HostDecoder
 from dualfocus.runtime.errors import InputError
 from dualfocus.runtime.manifest import DecoderSpec
 from dualfocus.runtime.onnx import OnnxDecoder
+from dualfocus.runtime.sequence import embed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -261,7 +262,7 @@ class Engines:
         self.prefill = min(PREFILL, spec.context)
         random = np.random.default_rng(0)
         tokens = random.integers(0, spec.vocabulary, max(self.past, self.prefill))
-        self._embeddings: Floats = np.asarray(bundle.embeddings[tokens], np.float32)
+        self._embeddings: Floats = embed(tokens.tolist(), bundle.embeddings, {})
         self._pixels = random.standard_normal((2, 3, image.size, image.size)).astype(np.float32)
         self._cache = KVCache(spec, rows=2, capacity=spec.context)
         for row in (0, 1):
@@ -339,10 +340,10 @@ class Engines:
             self._cache.truncate(row, self.past)
         self._empty.truncate(0, 0)
 
-    def _fill(self, decoder: Decoder) -> None:
+    def _fill(self, decoder: HostDecoder) -> None:
         decoder.extend(self._empty, [0], [self._embeddings[: self.prefill]], [[self.prefill - 1]])
 
-    def _step(self, decoder: Decoder, rows: Sequence[int]) -> None:
+    def _step(self, decoder: HostDecoder, rows: Sequence[int]) -> None:
         decoder.extend(self._cache, rows, [self._embeddings[:1]] * len(rows), [[0]] * len(rows))
 
 

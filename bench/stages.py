@@ -24,10 +24,10 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from PIL import Image
 
@@ -37,7 +37,7 @@ from dualfocus.bench.scenes import held_out
 from dualfocus.bench.scripted import ScriptedDecoder
 from dualfocus.runtime import Bundle, DualFocus, Engine, ReplyToken, Stage, open_picture
 from dualfocus.runtime.cache import KVCache
-from dualfocus.runtime.engines import Decoder, Floats
+from dualfocus.runtime.engines import DecoderOf
 from dualfocus.runtime.errors import InputError
 from dualfocus.runtime.protocol import focus
 from dualfocus.runtime.result import Event, FocusResult
@@ -45,6 +45,9 @@ from dualfocus.train import scenes
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+Input = TypeVar("Input", bound=Sized)
+Output = TypeVar("Output")
 
 OPEN, REST = "decode_picture", "rest"  # what is not the runtime's stages
 PREFILL, DECODE = ("prefill", "micro_prefill", "select"), ("decode", "micro_decode")
@@ -77,10 +80,10 @@ class Call:
     past: tuple[int, ...]
 
 
-class MeteredDecoder:
+class MeteredDecoder(Generic[Input, Output]):
     """A decoder that keeps account of its calls, under the `stage` that it is told."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: DecoderOf[Input, Output]) -> None:
         self._decoder = decoder
         self.stage = ""
         self.calls: list[Call] = []
@@ -89,10 +92,10 @@ class MeteredDecoder:
         self,
         cache: KVCache,
         rows: Sequence[int],
-        embeddings: Sequence[Floats],
+        embeddings: Sequence[Input],
         logits_at: Sequence[Sequence[int]],
-    ) -> list[Floats]:
-        """As `engines.Decoder.extend`."""
+    ) -> Sequence[Output]:
+        """As `engines.DecoderOf.extend`."""
         past = tuple(cache.lengths[row] for row in rows)
         begin = time.perf_counter()
         logits = self._decoder.extend(cache, rows, embeddings, logits_at)

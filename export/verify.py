@@ -26,10 +26,10 @@ from transformers.modeling_utils import no_init_weights
 from dualfocus.export.decoder import INPUTS
 from dualfocus.export.errors import ExportError
 from dualfocus.export.quantize import divergence
+from dualfocus.runtime.embeddings import HostEmbeddings
 from dualfocus.runtime.engines import Floats
 from dualfocus.runtime.errors import QuestionError
 from dualfocus.runtime.manifest import DecoderSpec, Manifest
-from dualfocus.runtime.sequence import embed
 from dualfocus.runtime.turns import Turns
 
 TOLERANCE = 1e-4  # of the reference's largest magnitude; of 1 where that is smaller
@@ -116,8 +116,9 @@ class Trial:
         length = prompt + APPEND + STEPS
         rng = np.random.default_rng(seed)
         rows = [[*tokens, *map(int, rng.integers(len(table), size=length - len(tokens)))] for tokens in turns]
+        embeddings = HostEmbeddings(table)
         exact = np.stack(
-            [embed(row, table, {"whole": seen}) for row, seen in zip(rows, features, strict=True)]
+            [embeddings.embed(row, {"whole": seen}) for row, seen in zip(rows, features, strict=True)]
         )
         text = np.array([[isinstance(token, int) for token in row] for row in rows])
         return cls(exact, exact[:1].copy(), exact.copy(), prompt, text)

@@ -16,18 +16,19 @@ from pathlib import Path
 from threading import Lock
 
 import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from dualfocus.kernels import cuda
-from dualfocus.runtime import devices, packed
+from dualfocus.runtime import devices, packed, registry
 from dualfocus.runtime.devices import Device
-from dualfocus.runtime.engines import Array, Decoder, VisionEncoder
+from dualfocus.runtime.embeddings import DeviceEmbeddings, Embeddings, HostEmbeddings
+from dualfocus.runtime.engines import Array, Decoder, DeviceDecoder, HostDecoder, VisionEncoder
 from dualfocus.runtime.errors import BundleError
 from dualfocus.runtime.geometry import Crop
 from dualfocus.runtime.grammar import BoxGrammar
 from dualfocus.runtime.image import Picture, view, view_on_device
 from dualfocus.runtime.manifest import ON_DEVICE, Manifest
-from dualfocus.runtime.sequence import Table
 
 Seen = Sequence[tuple[Picture, Crop]]
 
@@ -47,9 +48,11 @@ class Bundle:
     vision: VisionEncoder
     decoder: Decoder
     tokenizer: Tokenizer
-    embeddings: Table  # (vocabulary, hidden), memory-mapped
+    embeddings: Embeddings  # of the decoder's kind
     viewer: Callable[[Seen], Array] | None = None  # what crops on the device, if anything does
-    alone: Lock = field(default_factory=Lock)  # for the device, held by who works there beside the decoder
+    alone: Lock = field(
+        default_factory=Lock
+    )  # held by work on the device that is concurrent with the decoder
 
     def view(self, seen: Seen) -> Array:
         """(N, 3, S, S): what the vision tower sees of crops of pictures; on its device, if that can crop."""
@@ -71,13 +74,13 @@ class Bundle:
         threads: int | None = None,
         spin: bool = True,
     ) -> Bundle:
-        """Check the bundle at `path` and open its engines on `device`; packed ones where they fit (`packed`).
+        """Check the bundle at `path` and open its engines on `device`; packed graphs if they fit (`packed`).
 
-        "auto" is the best device that works for the bundle (`devices.choose`). On the CPU, `threads` None
-        takes one for each core; with `spin` they wait awake for each other within a call, which is faster
-        unless something else wants their cores. TensorRT opens what was built for it, and nothing else
-        (`tensorrt`). Raises BundleError; DeviceError where the device does not work or is not for the bundle;
-        and EngineError when no ONNX Runtime is installed.
+        "auto" is the best device that works for the bundle (`registry.choose`). On the CPU, `threads` None is
+        one thread for each core; with `spin` they busy-wait within a call, which is faster unless something
+        else needs the cores. TensorRT opens only engines that were built for it (`tensorrt`). Raises
+        BundleError; DeviceError if the device does not work or cannot run the bundle; EngineError if ONNX
+        Runtime is not installed.
         """
         path = Path(path)
         wanted = devices.parse(device)
@@ -85,18 +88,18 @@ class Bundle:
         if sum(entry.size for entry in manifest.files.values()) <= HASHED_BYTES:
             verify(path, manifest)
         tokenizer = _open_tokenizer(path, manifest)
-        embeddings = _open_embeddings(path, manifest)
-        chosen = devices.choose(wanted, manifest.target)
+        embeddings: Embeddings = HostEmbeddings(_open_table(path, manifest))
+        chosen = registry.choose(wanted, manifest.target)
 
         image, spec = manifest.image, manifest.decoder
         vision: VisionEncoder
-        decoder: Decoder
+        decoder: HostDecoder | DeviceDecoder
         viewer = aside = ordered = None
         if manifest.target in ON_DEVICE:
             chosen.use()
-            # The default stream, CuPy's, and the decoder's wait for each other; the tower's runs beside them.
+            # CuPy's default stream and the decoder's wait for each other; the vision tower's is concurrent.
             aside, ordered = chosen.stream(blocking=False), chosen.stream(blocking=True)
-            embeddings = range(spec.vocabulary)
+            embeddings = DeviceEmbeddings(spec.vocabulary)
             if chosen.kind != "cpu" and cuda.available():
                 viewer = partial(view_on_device, image=image, device=chosen, stream=aside)
         # Libraries are imported here and not at the top: `inspect` needs none, and one of them is enough.
@@ -117,7 +120,7 @@ class Bundle:
             cache = graphs / packed.CACHE if graphs != path else None
             place = onnx.Place(chosen, threads_used, aside, half=True, cache=cache)
             vision = onnx.OnnxDeviceVisionEncoder(files[0], image, spec.hidden, place)
-            place = replace(place, stream=ordered, alone=None if chosen.kind == "cpu" else alone)
+            place = replace(place, stream=ordered, captures_steps=chosen.kind != "cpu", alone=alone)
             decoder = onnx.OnnxDeviceDecoder(files[1], spec, place)
         else:
             place = onnx.Place(chosen, threads_used)
@@ -182,16 +185,17 @@ def _open_tokenizer(path: Path, manifest: Manifest) -> Tokenizer:
     return tokenizer
 
 
-def _open_embeddings(path: Path, manifest: Manifest) -> Table:
+def _open_table(path: Path, manifest: Manifest) -> npt.NDArray[np.float32 | np.float16]:
+    """(vocabulary, hidden), memory-mapped."""
     file = path / "embeddings.npy"
     try:
-        embeddings = np.lib.format.open_memmap(file, mode="r")  # np.load would take an archive too
+        table = np.lib.format.open_memmap(file, mode="r")  # np.load would take an archive too
     except ValueError as error:
         raise BundleError(f"{file} is not an array: {error}") from None
     shape = (manifest.decoder.vocabulary, manifest.decoder.hidden)
-    if embeddings.dtype not in (np.float32, np.float16) or embeddings.shape != shape:
+    if table.dtype not in (np.float32, np.float16) or table.shape != shape:
         raise BundleError(
-            f"{file} is {embeddings.dtype} of shape {embeddings.shape}, expected float32 or float16 {shape}"
+            f"{file} is {table.dtype} of shape {table.shape}, expected float32 or float16 {shape}"
         )
-    result: Table = embeddings
-    return result
+    checked: npt.NDArray[np.float32 | np.float16] = table
+    return checked

@@ -1,10 +1,14 @@
-"""What an inference library has to provide. One module per library: `onnx` is onnxruntime's."""
+"""The contract between the runtime and an inference library: a vision encoder and a decoder.
+
+A decoder is one of two kinds. One on the host takes embeddings and gives logits. One on a device takes token
+ids, looks embeddings up itself and keeps the logits there. `embeddings` prepares what either takes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +18,15 @@ from dualfocus.runtime.cache import KVCache
 Floats = npt.NDArray[np.float32]
 Array = Any  # NumPy's, or on a GPU CuPy's, which behaves like it
 
+_Input = TypeVar("_Input", contravariant=True)
+_Output = TypeVar("_Output", covariant=True)
+
 
 @dataclass(frozen=True)
 class TokenIds:
-    """What a decoder on a device is given in place of embeddings: it looks them up itself.
+    """The input of a decoder on a device, which looks embeddings up itself.
 
-    An id of `vocabulary` + i is row i of `images`, (T, D) each, one behind the other.
+    An id of `vocabulary` + i is row i of the concatenated `images`, (T, D) each.
     """
 
     ids: npt.NDArray[np.int64]  # (L,)
@@ -31,13 +38,13 @@ class TokenIds:
 
 @dataclass(frozen=True)
 class DeviceLogits:
-    """(vocabulary,) logits that stay on a device: what decoding asks about them was computed there.
+    """(vocabulary,) logits that stay on a device, with what greedy decoding reads of them, computed there.
 
     It behaves as the part of an array that `sequence` and `reply` use.
     """
 
     values: Array
-    best: int  # the likeliest token; of equals the first
+    best: int  # the likeliest token; the first of equals
     peak: float  # its logit
     logsumexp: float
 
@@ -72,18 +79,28 @@ class VisionEncoder(Protocol):
         """(N, 3, S, S) normalised pixels -> (N, T, D) image tokens, which stay on the encoder's device."""
 
 
-class Decoder(Protocol):
-    """The language model over input embeddings and a cache."""
+class DecoderOf(Protocol[_Input, _Output]):
+    """The language model over a KV cache: takes an input and gives an output for each row."""
 
     def extend(
         self,
         cache: KVCache,
         rows: Sequence[int],
-        embeddings: Sequence[Any],
+        embeddings: Sequence[_Input],
         logits_at: Sequence[Sequence[int]],
-    ) -> list[Any]:
-        """Append to several `rows` of `cache`, in place: L >= 1 each, `embeddings` of `sequence.embed`'s.
+    ) -> Sequence[_Output]:
+        """Append L >= 1 tokens to each of several different `rows` of `cache`, in place.
 
-        Returns for each row the (K, vocabulary) logits after its positions `logits_at`, counted in 0..L-1:
-        on the host an array, on a device K `DeviceLogits`.
+        Returns for each row the logits after its K positions `logits_at`, which count its new tokens from 0.
         """
+
+
+class HostDecoder(DecoderOf[Floats, Floats], Protocol):
+    """Takes (L, D) embeddings and gives (K, vocabulary) logits, in the host's memory."""
+
+
+class DeviceDecoder(DecoderOf[TokenIds, list[DeviceLogits]], Protocol):
+    """Takes the ids of L tokens and gives K logits that stay on the device."""
+
+
+Decoder = DecoderOf[Any, Any]  # of either kind: a bundle pairs it with the embeddings of that kind

@@ -1,4 +1,4 @@
-"""The engines on ONNX Runtime; nothing else imports onnxruntime."""
+"""The vision encoder and the decoder on ONNX Runtime. No other module of the runtime imports onnxruntime."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import contextlib
 import ctypes
 import functools
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -16,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dualfocus import kernels
-from dualfocus.runtime.calls import Call, DeviceDecoder, GraphDecoder
+from dualfocus.runtime.calls import Append, Call, DeviceGraphDecoder, GraphDecoder, Input, Output
 from dualfocus.runtime.devices import CPU, Device
-from dualfocus.runtime.engines import Array, Floats, address
+from dualfocus.runtime.engines import Array, DeviceLogits, Floats, TokenIds, address
 from dualfocus.runtime.errors import BundleError, DeviceError, EngineError
 from dualfocus.runtime.manifest import DecoderSpec, ImageSpec
 
@@ -31,8 +30,9 @@ except ImportError:
 
 
 VERSION: str = ort.__version__
-# A recorded step outlives its cache, so that only one that stays is worth it: as many steps, no reply has.
-RECORDED_AFTER = 256
+# ONNX Runtime never frees a captured CUDA graph, so capture only rows that live longer than a reply.
+CAPTURE_AFTER = 256  # steps over the same rows
+NO_CAPTURE = -1  # the graph id of a run that is neither captured nor replayed
 
 Shapes = dict[str, list[int | None]]  # by name; None: any size
 
@@ -42,13 +42,13 @@ class Threads:
     """How the engines use the processor."""
 
     number: int | None = None  # None: one for each core
-    spin: bool = True  # between two parts of a call, threads wait awake: right unless others want the cores
+    spin: bool = True  # threads busy-wait within a call: faster, unless others need the cores
 
 
 def save_packed(source: Path, target: Path, device: Device, *, half: bool) -> None:
-    """Write the graph at `source`, which computes in float16 if `half`, to `target`, as `device` reads it.
+    """Write the graph at `source`, which computes in float16 if `half`, to `target` as `device` reads it.
 
-    For a CPU its weights are beside it as the kernels read them; for TensorRT-RTX, an engine is.
+    The file next to it holds repacked weights for a CPU, and an engine for TensorRT-RTX.
     """
     data = f"{target.name}.data"
     if device.kind == "cpu":
@@ -78,7 +78,7 @@ def _options(threads: Threads, *, half: bool = False) -> ort.SessionOptions:
     if threads.number is not None:
         options.intra_op_num_threads = threads.number
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(threads.spin)))
-    # between calls nothing is to be waited for: one graph's threads would spin on into the other's work
+    # after a call, the graph's threads would keep spinning while the other graph works
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # Without VNNI, pairs of 8-bit products are added in 16 bits, and overflow, unless this is set; with VNNI
     # it would halve the speed. The crop kernel's AVX-512 path needs VNNI too, so it is there or is not.
@@ -89,9 +89,9 @@ def _options(threads: Threads, *, half: bool = False) -> ort.SessionOptions:
 
 
 def problem(device: Device) -> str | None:
-    """What ONNX Runtime lacks to run graphs on `device`, whose GPU is there; None if nothing.
+    """Why ONNX Runtime cannot run graphs on `device`, whose GPU exists; None if it can.
 
-    Raises DeviceError, which says it too, where the TensorRT-RTX plug-in cannot be had.
+    Raises DeviceError with the reason if the TensorRT-RTX plug-in is missing or does not load.
     """
     if device.kind == "tensorrt-rtx":
         found = len(_rtx_devices())
@@ -104,8 +104,8 @@ def problem(device: Device) -> str | None:
 
 
 def _library_problem(folder: Path, name: str) -> str | None:
-    """Why the provider's library `name` cannot be loaded: ONNX Runtime itself would go on without it."""
-    with contextlib.redirect_stdout(io.StringIO()):  # where it tells of what is missing, as we do
+    """Why the provider's library `name` does not load. ONNX Runtime itself would continue without it."""
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what is missing
         ort.preload_dlls()  # CUDA's and cuDNN's, where pip installed them
     try:
         ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), ctypes.RTLD_GLOBAL)
@@ -117,7 +117,7 @@ def _library_problem(folder: Path, name: str) -> str | None:
 
 @functools.cache
 def _rtx_devices() -> list[Any]:
-    """The GPUs that the TensorRT-RTX plug-in takes, in the driver's order."""
+    """The GPUs that the TensorRT-RTX plug-in supports, in the driver's order."""
     try:
         import onnxruntime_ep_nv_tensorrt_rtx as rtx
     except ImportError as error:
@@ -134,7 +134,7 @@ def _rtx_devices() -> list[Any]:
 
 
 def rtx_version() -> str:
-    """Of the TensorRT-RTX plug-in, which has to be there."""
+    """The version of the TensorRT-RTX plug-in, which has to be installed."""
     import onnxruntime_ep_nv_tensorrt_rtx as rtx
 
     version: str = rtx.__version__
@@ -143,25 +143,26 @@ def rtx_version() -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """Where sessions run: a device, and how."""
+    """Where and how sessions run."""
 
     device: Device = CPU
     threads: Threads = Threads()
-    stream: Any = None  # CuPy's, which everything is queued on
+    stream: Any = None  # CuPy's; all work is queued on it
     half: bool = False  # the graphs compute in float16
-    # Steps that come again and again are recorded, and replayed as CUDA graphs. While one is recorded, CUDA
-    # lets no other thread allocate: who works beside the decoder holds this meanwhile.
-    alone: Lock | None = None
-    cache: Path | None = None  # a folder of TensorRT-RTX's, for what it compiles at the first start
+    captures_steps: bool = False  # steps that recur become CUDA graphs
+    # Held while a step is captured: CUDA then lets no other thread allocate. Threads that work on the device
+    # while the decoder runs hold it too.
+    alone: Lock = field(default_factory=Lock)
+    cache: Path | None = None  # a folder where TensorRT-RTX keeps what it compiles at the first start
 
 
 def _session(path: Path, options: ort.SessionOptions, place: Place) -> ort.InferenceSession:
     device = place.device
     chosen: dict[str, str] = {}
-    if device.kind == "cuda":  # memory as much as is needed, and no search for the tower's one convolution
+    if device.kind == "cuda":  # memory only as requested, and no search for the tower's one convolution
         chosen = {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
     if device.kind != "cpu":
-        chosen |= {"device_id": str(device.index), "enable_cuda_graph": str(int(place.alone is not None))}
+        chosen |= {"device_id": str(device.index), "enable_cuda_graph": str(int(place.captures_steps))}
         if place.stream is not None:
             chosen |= {"user_compute_stream": str(place.stream.ptr)}
     if device.kind == "tensorrt-rtx":
@@ -183,7 +184,7 @@ def _session(path: Path, options: ort.SessionOptions, place: Place) -> ort.Infer
 
 
 def _open(path: Path, place: Place, inputs: Shapes, outputs: Shapes) -> ort.InferenceSession:
-    """A session on the graph at `path`, which has these `inputs` and no others, and these `outputs`."""
+    """A session on the graph at `path`. It must have exactly these `inputs`, and at least these `outputs`."""
     session = _session(path, _options(place.threads, half=place.half), place)
     for kind, nodes, expected in (
         ("input", session.get_inputs(), inputs),
@@ -206,8 +207,8 @@ def _open(path: Path, place: Place, inputs: Shapes, outputs: Shapes) -> ort.Infe
 class OnnxVisionEncoder:
     """`engines.VisionEncoder` on ONNX Runtime.
 
-    With `one_by_one` pictures go through the graph alone: in 8 bits, those of one call share the range of
-    their activations, so that one would change the other's tokens.
+    With `one_by_one`, each picture has a call of its own: in int8, pictures in one call share an activation
+    scale, so that one would change the tokens of another.
     """
 
     def __init__(
@@ -225,7 +226,7 @@ class OnnxVisionEncoder:
 
 
 class OnnxDeviceVisionEncoder:
-    """`engines.VisionEncoder` on ONNX Runtime, in float16, on a device where the image tokens stay."""
+    """`engines.VisionEncoder` on ONNX Runtime, in float16; image tokens stay on the device."""
 
     def __init__(self, path: Path, spec: ImageSpec, hidden: int, place: Place) -> None:
         inputs: Shapes = {"pixel_values": [None, 3, spec.size, spec.size]}
@@ -245,8 +246,8 @@ class OnnxDeviceVisionEncoder:
         return features
 
 
-class _OnSession(GraphDecoder):
-    """Memory is bound to a session on the decoder's graph."""
+class _OnSession(GraphDecoder[Input, Output]):
+    """A decoder that binds memory to a session on its graph."""
 
     _session: ort.InferenceSession
     _place: Place
@@ -258,8 +259,8 @@ class _OnSession(GraphDecoder):
         _bind(binding.bind_output if is_output else binding.bind_input, name, array, self._place.device)
 
 
-class OnnxDecoder(_OnSession):
-    """`engines.Decoder` on ONNX Runtime."""
+class OnnxDecoder(_OnSession[Floats, Floats]):
+    """`engines.HostDecoder` on ONNX Runtime."""
 
     def __init__(self, path: Path, spec: DecoderSpec, place: Place) -> None:
         super().__init__(spec)
@@ -273,55 +274,62 @@ class OnnxDecoder(_OnSession):
         for name, array in call.inputs.items():
             self._bind(call.binding, name, array)
 
-    def _write_tokens(self, call: Call, rows: Sequence[int], new: Sequence[Any]) -> None:
-        told = call.inputs["inputs_embeds"]
-        if len(rows) < len(told):  # in 8 bits, all rows share the range of their activations: nothing stale
-            told[:] = 0
-        for row, chunk in zip(rows, new, strict=True):
-            told[row, : len(chunk)] = chunk
+    def _write_tokens(self, call: Call, append: Append[Floats]) -> None:
+        written = call.inputs["inputs_embeds"]
+        if len(append.rows) < len(written):  # in int8, rows share an activation scale: idle ones must be zero
+            written[:] = 0
+        for place, chunk in zip(append.places, append.chunks, strict=True):
+            written[place, : len(chunk)] = chunk
 
-    def _compute(self, call: Call, rows: Sequence[int], wanted: Sequence[int]) -> list[Any]:
+    def _compute(self, call: Call, append: Append[Floats]) -> list[Floats]:
         logits = np.empty((*call.inputs["logits_at"].shape, self._spec.vocabulary), np.float32)
         self._bind(call.binding, "logits", logits, is_output=True)
         self._session.run_with_iobinding(call.binding)
         if len(logits) == 1:
             return [logits[0]]
         # copies, so that a row's logits do not keep those of the whole call
-        return [logits[row, :count].copy() for row, count in zip(rows, wanted, strict=True)]
+        return [
+            logits[place, : len(requested)].copy()
+            for place, requested in zip(append.places, append.logits_at, strict=True)
+        ]
 
 
-class OnnxDeviceDecoder(_OnSession, DeviceDecoder):
-    """`calls.DeviceDecoder` on ONNX Runtime."""
+class OnnxDeviceDecoder(_OnSession[TokenIds, list[DeviceLogits]], DeviceGraphDecoder):
+    """`engines.DeviceDecoder` on ONNX Runtime."""
 
     def __init__(self, path: Path, spec: DecoderSpec, place: Place) -> None:
         super().__init__(spec, place.device)
-        self._place, self._recordings = place, 0
+        self._place, self._captured = place, 0
         tokens: Shapes = {"tokens": [None, None], "images": [None, spec.hidden]}
         self._session = _open_decoder(path, spec, place, tokens)
 
-    def _total(self, call: Call, longest_row: int, capacity: int) -> int:
-        # a recorded step reads how much of the cache is valid on the device, and no other bound
-        return capacity if call.is_step and self._place.alone is not None else longest_row
+    def _total(self, call: Call, fullest: int, capacity: int) -> int:
+        # a captured step keeps this value; it reads on the device how much of the cache is valid
+        return capacity if call.is_step and self._place.captures_steps else fullest
 
     def _execute(self, call: Call) -> None:
-        """Steps that come again and again are recorded, and replayed as CUDA graphs."""
-        alone = self._place.alone
-        if alone is None:
+        """Run the graph; capture a step as a CUDA graph once it recurs, and replay it from then on."""
+        if not self._place.captures_steps:
             _run(self._session, call.binding, self._place)
             return
         call.times += 1
-        is_new = call.is_step and call.times == RECORDED_AFTER
-        number = self._recordings + 1 if is_new else call.recording
+        if call.is_step and call.times == CAPTURE_AFTER:
+            graph = self._captured + 1
+            with self._place.alone:
+                self._run_as(graph, call)
+            self._captured = call.captured = graph
+        else:
+            self._run_as(call.captured, call)
+
+    def _run_as(self, graph: int | None, call: Call) -> None:
+        """Capture the call as CUDA graph `graph`, or replay it if it is captured; None: only run it."""
         options = ort.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", str(number or -1))
-        with alone if is_new else contextlib.nullcontext():
-            _run(self._session, call.binding, self._place, options)
-        if is_new:
-            self._recordings = call.recording = number
+        options.add_run_config_entry("gpu_graph_id", str(NO_CAPTURE if graph is None else graph))
+        _run(self._session, call.binding, self._place, options)
 
 
 def _open_decoder(path: Path, spec: DecoderSpec, place: Place, tokens: Shapes) -> ort.InferenceSession:
-    """A session on a decoder's graph, which is given the new tokens as `tokens`."""
+    """A session on a decoder's graph; `tokens` are its inputs for the new tokens."""
     past: list[int | None] = [None, spec.kv_heads, spec.context, spec.head_size]  # or of any capacity
     inputs: Shapes = {
         **tokens,
@@ -343,7 +351,7 @@ def _open_decoder(path: Path, spec: DecoderSpec, place: Place, tokens: Shapes) -
 def _run(
     session: ort.InferenceSession, binding: Any, place: Place, options: ort.RunOptions | None = None
 ) -> None:
-    """Run what is bound, and wait for the device."""
+    """Run the graph on what is bound, and wait for the device."""
     try:
         session.run_with_iobinding(binding, options)
     except Exception as error:  # ONNX Runtime's exceptions have no common base but this

@@ -9,20 +9,19 @@ those of branches that were cut off, as long as what they branched from stands.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from dualfocus.runtime.cache import KVCache
-from dualfocus.runtime.engines import Array, Decoder, DeviceLogits, Floats, Logits, TokenIds
+from dualfocus.runtime.embeddings import EmbeddingsOf
+from dualfocus.runtime.engines import Array, DecoderOf, DeviceLogits, Logits
 from dualfocus.runtime.turns import Token
 
-# (vocabulary, D), row i embeds token i; or the ids alone, for a decoder that looks them up itself
-Table = npt.NDArray[np.float32 | np.float16] | range
+Input = TypeVar("Input")  # a decoder's
 UNKNOWN = float("nan")  # the log-probability of a token that no pass had to look at
 
 
@@ -145,22 +144,22 @@ class Extension:
 
 
 def extend(
-    decoder: Decoder,
+    decoder: DecoderOf[Input, Iterable[Logits]],
     cache: KVCache,
-    table: Table,
+    embeddings: EmbeddingsOf[Input],
     features: Mapping[str, Array],
     extensions: Sequence[Extension],
 ) -> None:
-    """One call of the decoder for all `extensions`, each of another row of `cache`.
+    """Append all `extensions`, each to a different row of `cache`, in one call of `decoder`.
 
-    `table` (vocabulary, D) embeds tokens; `features` maps the names of images to their (T, D) tokens.
+    `features` maps the names of images to their (T, D) tokens.
     """
     for extension in extensions:
         extension.sequence.cut(len(extension.sequence.tokens))  # an interrupted call may have left more
     results = decoder.extend(
         cache,
         [extension.sequence.row for extension in extensions],
-        [embed(extension.tokens, table, features) for extension in extensions],
+        [embed(extension.tokens, embeddings, features) for extension in extensions],
         [[at - len(e.sequence.tokens) for at in e.logits_at] for e in extensions],
     )
     for extension, logits in zip(extensions, results, strict=True):
@@ -178,30 +177,9 @@ def common_prefix(left: Sequence[Token], right: Sequence[Token]) -> int:
     return shorter
 
 
-def embed(tokens: Sequence[Token], table: Table, features: Mapping[str, Array]) -> Any:
-    """(L, D) embeddings of `tokens`: rows of `table` (vocabulary, D) and of the images' `features` (T, D).
-
-    Where the table is a range, `TokenIds`.
-    """
-    if isinstance(table, range):
-        return _token_ids(tokens, len(table), features)
-    rows = table[[token if isinstance(token, int) else 0 for token in tokens]]
-    out: Floats = np.asarray(rows, np.float32)
-    shown = [(i, token) for i, token in enumerate(tokens) if not isinstance(token, int)]
-    for image in {token.image for _, token in shown}:
-        places = [(i, token.position) for i, token in shown if token.image == image]
-        at, positions = zip(*places, strict=True)
-        out[list(at)] = features[image][list(positions)]
-    return out
-
-
-def _token_ids(tokens: Sequence[Token], vocabulary: int, features: Mapping[str, Array]) -> TokenIds:
-    starts: dict[str, int] = {}  # where an image's tokens begin, in the order shown
-    end = vocabulary
-    for name in dict.fromkeys(token.image for token in tokens if not isinstance(token, int)):
-        starts[name], end = end, end + len(features[name])
-    ids = [token if isinstance(token, int) else starts[token.image] + token.position for token in tokens]
-    return TokenIds(np.array(ids, np.int64), tuple(features[name] for name in starts))
+def embed(tokens: Sequence[Token], embeddings: EmbeddingsOf[Input], features: Mapping[str, Array]) -> Input:
+    """The decoder's input for `tokens`; `features` maps the names of images to their (T, D) tokens."""
+    return embeddings.embed(tokens, features)
 
 
 def likeliest(logits: Logits, allowed: Sequence[int] | None) -> int:

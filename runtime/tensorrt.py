@@ -1,11 +1,11 @@
-"""TensorRT's engines of a bundle; nothing else imports tensorrt, or TensorRT-RTX, which has the same API.
+"""The vision encoder and the decoder as TensorRT engines. TensorRT-RTX has the same API and works too.
 
-`export.tensorrt` builds them into the bundle's folder ``engines``. They fit one bundle, one version of the
-library and one model of GPU; with any other they are refused, because TensorRT itself would refuse some
-and run others slowly.
+No other module of the runtime imports either library. `export.tensorrt` builds the engines into the bundle's
+folder ``engines``. They fit one bundle, one version of the library and one model of GPU. With any other they
+are refused: TensorRT itself would refuse some and run others slowly.
 
-No engine was run on a GPU yet. TensorRT-RTX's builder took the graphs; every call that is made here was made
-of a stand-in that checks names, shapes, profiles and addresses and computes on a CPU.
+No engine has run on a GPU yet. TensorRT-RTX's builder accepts the graphs. The calls made here are tested with
+a fake library that checks names, shapes, profiles and addresses, and computes on a CPU.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import numpy as np
 
 from dualfocus.runtime import devices
 from dualfocus.runtime.cache import KVCache
-from dualfocus.runtime.calls import Call, DeviceDecoder
+from dualfocus.runtime.calls import Call, DeviceGraphDecoder
 from dualfocus.runtime.devices import Device
-from dualfocus.runtime.engines import Array, TokenIds, address
+from dualfocus.runtime.engines import Array, DeviceLogits, TokenIds, address
 from dualfocus.runtime.errors import BundleError, DeviceError, EngineError
 from dualfocus.runtime.manifest import DecoderSpec, ImageSpec
 
@@ -45,7 +45,7 @@ LIBRARY: str = trt.__name__
 VERSION: str = trt.__version__
 IS_RTX = LIBRARY == "tensorrt_rtx"
 REBUILD = "build them on this machine with `dualfocus pack {} --device tensorrt`"
-# The cache is looked at in steps of so many tokens: each new number has TensorRT infer all shapes anew.
+# Cache lengths are rounded up to this many tokens: TensorRT infers all shapes anew for each new length.
 TOKENS = 64
 
 
@@ -93,7 +93,7 @@ class Note:
 
 
 class Log(trt.ILogger):  # type: ignore[misc]  # Any to mypy
-    """Keeps the library's errors, which it tells nobody else."""
+    """Keeps the library's errors, which it reports nowhere else."""
 
     def __init__(self) -> None:
         trt.ILogger.__init__(self)
@@ -122,16 +122,16 @@ class Engines:
 
 
 def find_gpu(index: int = 0) -> Gpu:
-    """What engines for the GPU number `index` are built for; DeviceError where there is none."""
+    """What engines for GPU `index` are built for. Raises DeviceError if there is no such GPU."""
     found = devices.find_gpu(index)
     return Gpu(found.name, found.compute_capability)
 
 
 def load(path: Path, digest: str, index: int = 0) -> Engines:
-    """Open the engines of the bundle at `path`, which `digest` names, on GPU `index`, which is in use.
+    """Open the engines of the bundle at `path`, whose digest is `digest`, on GPU `index`, the current one.
 
-    Plans are mapped, not read. Raises BundleError where there are none, or they are another's, another
-    version's, another GPU's or damaged; DeviceError where there is no GPU.
+    Plans are memory-mapped. Raises BundleError if there are no engines, if they are damaged, or if they were
+    built for another bundle, version or GPU; DeviceError if there is no GPU.
     """
     note, gpu = _note(path), find_gpu(index)
     folder = path / FOLDER
@@ -188,13 +188,13 @@ def _memory(array: Array, *, is_output: bool = False) -> _Memory:
 
 
 class _Context:
-    """Runs an engine on a stream, with one of its optimisation profiles."""
+    """Runs an engine on a stream with one of its optimisation profiles."""
 
     def __init__(self, engine: Any, log: Log, profile: int, stream: Any) -> None:
-        """Memory for what it computes between inputs and outputs is of the profile's largest call."""
+        """Workspace is allocated for the profile's largest call."""
         self._log, self._stream = log, stream
         self._told: dict[str, _Memory] = {}
-        self._lock = threading.Lock()  # of one context, calls are made one after the other
+        self._lock = threading.Lock()  # a context makes one call at a time
         self._context = engine.create_execution_context(
             trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
         )
@@ -204,7 +204,7 @@ class _Context:
         )
 
     def run(self, bound: Mapping[str, _Memory]) -> None:
-        """Queue a call over all inputs and outputs, by name. A scalar is on the host, and read now."""
+        """Queue a call over all inputs and outputs, by name. A scalar is on the host and is read now."""
         with self._lock:
             for name, memory in bound.items():
                 if self._told.get(name) == memory and memory.shape != ():
@@ -225,13 +225,13 @@ class TensorRtVisionEncoder:
     """`engines.VisionEncoder` on TensorRT: image tokens stay on the device."""
 
     def __init__(self, engines: Engines, spec: ImageSpec, hidden: int, device: Device, stream: Any) -> None:
-        """Work is queued on `stream`, CuPy's, beside the default one's."""
+        """Work is queued on `stream`, CuPy's, concurrent with the default one."""
         self._context = _Context(engines.vision, engines.log, 0, stream)
         self._most, self._device, self._stream = engines.reach.pictures, device, stream
         self._shape = spec.tokens, hidden
 
     def encode(self, pixels: Array) -> Array:
-        """As `engines.VisionEncoder.encode`; what is more than one call takes is encoded after it."""
+        """As `engines.VisionEncoder.encode`, in as many calls as the engine's limit requires."""
         memory = self._device.memory
         with self._stream:
             seen = memory.asarray(pixels, np.float16)
@@ -248,8 +248,8 @@ class TensorRtVisionEncoder:
         return features
 
 
-class TensorRtDecoder(DeviceDecoder):
-    """`engines.Decoder` on TensorRT: appends run with one profile of its engine, steps with another."""
+class TensorRtDecoder(DeviceGraphDecoder):
+    """`engines.DeviceDecoder` on TensorRT: appends run with one profile of the engine, steps with another."""
 
     def __init__(self, engines: Engines, spec: DecoderSpec, device: Device, stream: Any) -> None:
         """Work is queued on `stream`, CuPy's, which the default one waits for."""
@@ -265,10 +265,10 @@ class TensorRtDecoder(DeviceDecoder):
         rows: Sequence[int],
         embeddings: Sequence[TokenIds],
         logits_at: Sequence[Sequence[int]],
-    ) -> list[Any]:
-        """As `engines.Decoder.extend`; what is more than one call takes is appended piece by piece."""
+    ) -> list[list[DeviceLogits]]:
+        """As `engines.DecoderOf.extend`; an append beyond the engine's limits is made in pieces."""
         assert cache.capacity == self._spec.context, "an engine's cache is as long as the model's context"
-        found: list[list[Any]] = [[] for _ in rows]
+        found: list[list[DeviceLogits]] = [[] for _ in rows]
         done = [0] * len(rows)
         while left := [i for i, chunk in enumerate(embeddings) if done[i] < len(chunk)]:
             pieces, wanted = [], []
@@ -287,8 +287,8 @@ class TensorRtDecoder(DeviceDecoder):
                 found[i] += logits
         return found
 
-    def _total(self, call: Call, longest_row: int, capacity: int) -> int:
-        return min(-(-longest_row // TOKENS) * TOKENS, capacity)
+    def _total(self, call: Call, fullest: int, capacity: int) -> int:
+        return min(-(-fullest // TOKENS) * TOKENS, capacity)
 
     def _new_binding(self) -> dict[str, _Memory]:
         return {}

@@ -14,7 +14,7 @@ from typing import Any
 import emulated
 import numpy as np
 
-from dualfocus.runtime import Bundle, DualFocus, devices, onnx
+from dualfocus.runtime import Bundle, DualFocus, devices, onnx, registry
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.engines import TokenIds
 
@@ -47,8 +47,8 @@ def main(library: str, folder: str) -> dict[str, Any]:
         return made
 
     onnx._options = told
-    onnx.RECORDED_AFTER = RECORDED_AFTER
-    report: dict[str, Any] = {"problem": devices.problem(devices.Device("cuda"))}
+    onnx.CAPTURE_AFTER = RECORDED_AFTER
+    report: dict[str, Any] = {"problem": registry.problem(devices.Device("cuda"))}
     bundle = Bundle.open(folder, device="cuda")
     for name, session in (("vision", bundle.vision._session), ("decoder", bundle.decoder._session)):
         nodes: dict[str, list[str]] = {}

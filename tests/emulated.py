@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-from dualfocus.runtime import devices, onnx
+from dualfocus.runtime import devices, onnx, registry
 
 if TYPE_CHECKING:  # `cuda_provider` runs where there is no pytest
     import pytest
@@ -146,6 +146,6 @@ def install(monkeypatch: pytest.MonkeyPatch, gpus: int = 1) -> None:
             else _Session(real(path, options, onnx.Place(threads=place.threads)))
         ),
     )
-    assert devices.problem(devices.Device("cuda")) is None
+    assert registry.problem(devices.Device("cuda")) is None
     copied.update(dict.fromkeys(copied, 0))
     recorded.clear()

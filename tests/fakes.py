@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from dualfocus.runtime.bundle import Bundle
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.devices import CPU
+from dualfocus.runtime.embeddings import HostEmbeddings
 from dualfocus.runtime.engines import Floats
 from dualfocus.runtime.manifest import (
     FORMAT_VERSION,
@@ -109,14 +110,14 @@ class FakeDecoder:
     def __init__(
         self,
         spec: DecoderSpec,
-        embeddings: Floats,
+        table: Floats,
         tokenizer: Tokenizer,
         script: dict[str, Sequence[int]],
     ) -> None:
         rng = np.random.default_rng(2)
         self._weights = rng.standard_normal((spec.context, WIDTH))
         self._out = rng.standard_normal((WIDTH, spec.vocabulary)) / 2
-        self._ids = {row.tobytes(): i for i, row in enumerate(embeddings)}
+        self._ids = {row.tobytes(): i for i, row in enumerate(table)}
         self._tokenizer = tokenizer
         self._script = script
         self.calls = 0
@@ -124,7 +125,7 @@ class FakeDecoder:
 
     def extend(
         self,
-        kv: KVCache,
+        cache: KVCache,
         rows: Sequence[int],
         embeddings: Sequence[Floats],
         logits_at: Sequence[Sequence[int]],
@@ -133,14 +134,14 @@ class FakeDecoder:
         self.calls += 1
         results = []
         for row, new, positions in zip(rows, embeddings, logits_at, strict=True):
-            start = kv.lengths[row]
-            assert 1 <= len(new) <= kv.capacity - start
+            start = cache.lengths[row]
+            assert 1 <= len(new) <= cache.capacity - start
             assert all(0 <= at < len(new) for at in positions)
-            for store, sign in ((kv.keys, 1), (kv.values, -1)):
+            for store, sign in ((cache.keys, 1), (cache.values, -1)):
                 store[0][row, 0, start : start + len(new)] = sign * new
-            kv.lengths[row] = start + len(new)
+            cache.lengths[row] = start + len(new)
             self.tokens += len(new)
-            logits = [self._logits(kv, row, start + at + 1) for at in positions]
+            logits = [self._logits(cache, row, start + at + 1) for at in positions]
             results.append(np.array(logits, np.float32).reshape(len(positions), self._out.shape[1]))
         return results
 
@@ -170,10 +171,10 @@ def make_bundle(
     tokenizer = tokenizer or make_tokenizer()
     manifest = make_manifest(tokenizer, **changes)
     spec = manifest.decoder
-    embeddings = np.random.default_rng(3).standard_normal((spec.vocabulary, WIDTH)).astype(np.float32)
-    decoder = FakeDecoder(spec, embeddings, tokenizer, {} if script is None else script)
+    table = np.random.default_rng(3).standard_normal((spec.vocabulary, WIDTH)).astype(np.float32)
+    decoder = FakeDecoder(spec, table, tokenizer, {} if script is None else script)
     vision = FakeVision(manifest.image)
-    return Bundle(Path("fake"), manifest, "digest", CPU, vision, decoder, tokenizer, embeddings)
+    return Bundle(Path("fake"), manifest, "digest", CPU, vision, decoder, tokenizer, HostEmbeddings(table))
 
 
 def spelling(bundle: Bundle, text: str) -> list[int]:

@@ -18,7 +18,7 @@ from dualfocus.export import export_bundle
 from dualfocus.runtime import Bundle
 from dualfocus.runtime.cache import KVCache, Snapshot
 from dualfocus.runtime.engines import Floats
-from dualfocus.runtime.sequence import common_prefix
+from dualfocus.runtime.sequence import common_prefix, embed
 
 ROWS, CAPACITY = 4, 40
 FAKE = fakes.make_bundle()
@@ -30,7 +30,7 @@ def tiny(tiny_bundle: Path) -> Bundle:
 
 
 def embedded(bundle: Bundle, tokens: list[int]) -> Floats:
-    return np.array(bundle.embeddings[tokens])
+    return embed(tokens, bundle.embeddings, {})
 
 
 def anew(bundle: Bundle, tokens: list[int], logits_at: list[int]) -> Floats:

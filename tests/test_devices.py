@@ -26,7 +26,7 @@ from dualfocus.bench.scenes import held_out
 from dualfocus.cli import app
 from dualfocus.export import ExportError, export_bundle
 from dualfocus.kernels import cuda
-from dualfocus.runtime import Bundle, DualFocus, Reference, devices
+from dualfocus.runtime import Bundle, DualFocus, Reference, devices, registry
 from dualfocus.runtime import onnx as engine
 from dualfocus.runtime.devices import CPU, Device
 from dualfocus.runtime.errors import DeviceError
@@ -77,30 +77,30 @@ def test_no_device_is_called_that(text: str) -> None:
 
 def test_the_best_that_works_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     works = {"cpu"}
-    monkeypatch.setattr(devices, "problem", lambda device: None if device.kind in works else "broken")
-    targets = devices.RUNS
-    assert {target: str(devices.choose(None, target)) for target in targets} == dict.fromkeys(targets, "cpu")
+    monkeypatch.setattr(registry, "problem", lambda device: None if device.kind in works else "broken")
+    targets = registry.RUNS
+    assert {target: str(registry.choose(None, target)) for target in targets} == dict.fromkeys(targets, "cpu")
     works |= {"tensorrt-rtx"}
-    assert str(devices.choose(None, "cuda")) == str(devices.choose(None, "tensorrt")) == "tensorrt-rtx:0"
+    assert str(registry.choose(None, "cuda")) == str(registry.choose(None, "tensorrt")) == "tensorrt-rtx:0"
     works |= {"cuda", "tensorrt"}
-    assert str(devices.choose(None, "cuda")) == "cuda:0"
-    assert str(devices.choose(None, "tensorrt")) == "tensorrt:0"
-    assert devices.choose(None, "onnxruntime") == CPU
-    assert devices.choose(Device("tensorrt-rtx", 2), "cuda") == Device("tensorrt-rtx", 2)
+    assert str(registry.choose(None, "cuda")) == "cuda:0"
+    assert str(registry.choose(None, "tensorrt")) == "tensorrt:0"
+    assert registry.choose(None, "onnxruntime") == CPU
+    assert registry.choose(Device("tensorrt-rtx", 2), "cuda") == Device("tensorrt-rtx", 2)
 
 
 def test_a_device_that_runs_no_such_bundle_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "problem", lambda _: None)
+    monkeypatch.setattr(registry, "problem", lambda _: None)
     with pytest.raises(DeviceError, match=r"cuda:0 does not run a bundle of target onnxruntime, .* cuda$"):
-        devices.choose(Device("cuda"), "onnxruntime")
+        registry.choose(Device("cuda"), "onnxruntime")
     with pytest.raises(DeviceError, match=r"tensorrt-rtx:0 does not run .* --target cuda or tensorrt$"):
-        devices.choose(Device("tensorrt-rtx"), "onnx-standard")
+        registry.choose(Device("tensorrt-rtx"), "onnx-standard")
 
 
 def missing(monkeypatch: pytest.MonkeyPatch, cupy: Any, index: int = 1) -> str:
     """What CUDA lacks where `import cupy` gives that."""
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    found = devices.problem(Device("cuda", index))
+    found = registry.problem(Device("cuda", index))
     assert found is not None
     return found
 
@@ -124,13 +124,13 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert engine._library_problem(tmp_path, "none.so") is not None
     monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", None)
     engine._rtx_devices.cache_clear()
-    assert "pip install 'dualfocus[tensorrt-rtx]'" in str(devices.problem(Device("tensorrt-rtx")))
+    assert "pip install 'dualfocus[tensorrt-rtx]'" in str(registry.problem(Device("tensorrt-rtx")))
     monkeypatch.setitem(
         sys.modules,
         "onnxruntime_ep_nv_tensorrt_rtx",
         SimpleNamespace(get_ep_name=lambda: "Rtx", get_library_path=lambda: str(tmp_path / "none.so")),
     )
-    assert "none.so" in str(devices.problem(Device("tensorrt-rtx")))
+    assert "none.so" in str(registry.problem(Device("tensorrt-rtx")))
 
 
 def test_the_command_line_says_it_too(built: dict[str, Path]) -> None:
@@ -146,7 +146,7 @@ def test_the_command_line_says_it_too(built: dict[str, Path]) -> None:
         assert result.exit_code == 2, result.output
         assert result.stderr.startswith("dualfocus: ")
         assert result.stderr.count("\n") == 1
-    if devices.problem(Device("cuda")):
+    if registry.problem(Device("cuda")):
         result = run(
             app,
             ["ask", "examples/scene.png", "What?", "--device", "cuda", "--bundle", str(built["cuda-fp16"])],
@@ -385,7 +385,7 @@ def test_little_is_copied_to_and_from_a_gpu(built: dict[str, Path], monkeypatch:
 
 def test_steps_that_come_again_are_recorded(built: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     emulated.install(monkeypatch)
-    monkeypatch.setattr(engine, "RECORDED_AFTER", 3)
+    monkeypatch.setattr(engine, "CAPTURE_AFTER", 3)
     bundle = Bundle.open(built["cuda-fp16"])
     held: list[bool] = []
     run = emulated._Session.run_with_iobinding

@@ -253,8 +253,8 @@ def archive_file(array: np.ndarray) -> bytes:
 def test_what_opens(whole):
     bundle = Bundle.open(whole, threads=1)
     spec = bundle.manifest.decoder
-    assert bundle.embeddings.shape == (spec.vocabulary, spec.hidden)
-    assert isinstance(bundle.embeddings, np.memmap)
+    assert bundle.embeddings.table.shape == (spec.vocabulary, spec.hidden)
+    assert isinstance(bundle.embeddings.table, np.memmap)
 
 
 @pytest.mark.parametrize(

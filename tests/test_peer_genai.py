@@ -16,6 +16,7 @@ from dualfocus.bench.peers.work import make
 from dualfocus.export.checkpoint import Checkpoint, load
 from dualfocus.runtime import Bundle
 from dualfocus.runtime.cache import KVCache
+from dualfocus.runtime.sequence import embed
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_the_decoder_apart_gives_the_same_logits(work: Work, tiny_bundle: Path) 
     generator = peer._Decode(peer._open_model("int8", work), work, 1).start()
     for tokens in (work.tokens[:40], work.tokens[40:41], work.tokens[41:60]):
         generator.append_tokens(np.array(tokens, np.int32))
-        new, at = [bundle.embeddings[list(tokens)]], [[0, len(tokens) - 1]]
+        new, at = [embed(tokens, bundle.embeddings, {})], [[0, len(tokens) - 1]]
         (logits,) = decoder.extend(cache, [0], new, at)
         assert logits.shape == (2, bundle.manifest.decoder.vocabulary)
         assert np.abs(logits[1] - generator.get_logits()[0, -1]).max() < 1e-3

@@ -28,6 +28,7 @@ from dualfocus.export.random_weights import random_checkpoint
 from dualfocus.runtime import Bundle, Reference
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.engines import Floats
+from dualfocus.runtime.sequence import embed
 
 SHAPE = tiny.Shape(name="small", vocabulary=2000, tied=True)
 UNTIED = dataclasses.replace(SHAPE, tied=False, bias=True, feature_layer=-1)
@@ -329,7 +330,7 @@ def test_the_decoder_apart_gives_the_same_answers(bundle: Path, work: Work) -> N
     assert result.macro.generation.tokens == expected.macro.generation.tokens
     caches = [KVCache(ours.manifest.decoder, rows=1, capacity=64) for _ in range(2)]
     for start, stop in ((0, 40), (40, 41), (41, 50)):
-        new = [ours.embeddings[list(work.tokens[start:stop])]]
+        new = [embed(work.tokens[start:stop], ours.embeddings, {})]
         at = [[stop - start - 1, 0]]  # in the order asked for
         (have,), (want,) = (
             decoder.extend(cache, [0], new, at)
@@ -338,7 +339,7 @@ def test_the_decoder_apart_gives_the_same_answers(bundle: Path, work: Work) -> N
         assert np.abs(have - want).max() < MOST
     assert caches[0].lengths == caches[1].lengths == [50]
     caches[0].truncate(0, 40)
-    (again,) = theirs.extend(caches[0], [0], [ours.embeddings[list(work.tokens[40:50])]], [[9]])
+    (again,) = theirs.extend(caches[0], [0], [embed(work.tokens[40:50], ours.embeddings, {})], [[9]])
     assert np.abs(again - have[0]).max() < MOST
     with pytest.raises(AssertionError, match="filled by another"):
         theirs.extend(caches[1], [0], new, at)

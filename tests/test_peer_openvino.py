@@ -19,6 +19,7 @@ from dualfocus.bench.peers.work import make
 from dualfocus.export.checkpoint import Checkpoint, load
 from dualfocus.runtime import Bundle
 from dualfocus.runtime.cache import KVCache
+from dualfocus.runtime.sequence import embed
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_the_decoder_apart_gives_the_same_logits(work: Work, tiny_bundle: Path) 
     caches = [KVCache(spec, rows=1, capacity=spec.context) for _ in range(2)]
     theirs = peer._Decoder("fp32", work)
     for tokens in (work.tokens[:40], work.tokens[40:41], work.tokens[41:60]):
-        new, at = [bundle.embeddings[list(tokens)]], [[0, len(tokens) - 1]]
+        new, at = [embed(tokens, bundle.embeddings, {})], [[0, len(tokens) - 1]]
         (want,) = bundle.decoder.extend(caches[0], [0], new, at)
         (have,) = theirs.extend(caches[1], [0], new, at)
         assert np.abs(have - want).max() < 1e-3

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dualfocus.runtime import Bundle
 from dualfocus.runtime.cache import KVCache
+from dualfocus.runtime.embeddings import HostEmbeddings
 from dualfocus.runtime.engines import Floats
 from dualfocus.runtime.sequence import (
     CachedSequence,
@@ -44,9 +45,9 @@ class Rows:
         self.features = {"a": images[0], "b": images[1]}
 
     def extend(self, *extensions: Extension) -> None:
-        decoder, table = self.bundle.decoder, self.bundle.embeddings
+        decoder, embeddings = self.bundle.decoder, self.bundle.embeddings
         if new := [extension for extension in extensions if extension.tokens]:
-            extend(decoder, self.cache, table, self.features, new)
+            extend(decoder, self.cache, embeddings, self.features, new)
 
     def anew(self, tokens: list[Token]) -> Floats:
         """(L, vocabulary) logits of what follows each of `tokens`."""
@@ -245,7 +246,7 @@ def test_image_tokens_are_equal_if_image_and_position_are():
 def test_tokens_are_embedded_by_the_table_and_image_tokens_by_their_image():
     table = np.arange(10, dtype=np.float32)[:, None] + np.zeros((1, 2), np.float32)
     features = {"a": table[:3] + 100, "b": table[:3] + 200}
-    embedded = embed([7, *spread("b"), 0, ImageToken("a", 2)], table, features)
+    embedded = embed([7, *spread("b"), 0, ImageToken("a", 2)], HostEmbeddings(table), features)
     assert embedded.tolist() == [[n, n] for n in (7, 200, 201, 202, 0, 102)]
     assert embedded.dtype == np.float32
 

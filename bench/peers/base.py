@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
-from dualfocus.runtime.engines import Decoder, Floats, VisionEncoder
+from dualfocus.runtime.engines import Floats, HostDecoder, VisionEncoder
 from dualfocus.runtime.geometry import Crop
 from dualfocus.runtime.image import Picture
 
@@ -94,7 +94,7 @@ class Opened:
 class Engines:
     """A peer's computations behind this runtime's interfaces."""
 
-    decoder: Decoder
+    decoder: HostDecoder
     vision: VisionEncoder | None = None  # None: it cannot be had apart
 
 

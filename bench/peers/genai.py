@@ -181,8 +181,10 @@ def _open(precision: Precision, work: Work) -> Opened:
 
 
 class _Decoder:
-    """`engines.Decoder`, for a cache of one row that only grows: the builder's graph from embeddings, which
-    onnxruntime-genai itself runs in ONNX Runtime, but only behind image encoders that it knows."""
+    """`engines.HostDecoder`, for a cache of one row that only grows: the builder's graph from embeddings.
+
+    onnxruntime-genai itself runs it in ONNX Runtime, but only behind image encoders that it knows.
+    """
 
     def __init__(self, precision: Precision, work: Work) -> None:
         import onnxruntime

@@ -619,7 +619,7 @@ class _Prefill:
 
 
 class LlamaCppDecoder:
-    """`engines.Decoder`, for caches of one row of which it only uses and counts the length.
+    """`engines.HostDecoder`, for caches of one row of which it only uses and counts the length.
 
     It has one sequence, which is the cache's that was extended last: that cache may be truncated, and another
     one has to be empty.

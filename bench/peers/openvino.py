@@ -325,7 +325,7 @@ class _Vision:
 
 
 class _Decoder:
-    """`engines.Decoder`, for a cache of one row that only grows: the model of the questions, apart."""
+    """`engines.HostDecoder`, for a cache of one row that only grows: the model of the questions, apart."""
 
     def __init__(self, precision: Precision, work: Work) -> None:
         self._compiled = _compile(DECODER, precision, work)

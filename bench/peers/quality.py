@@ -28,7 +28,7 @@ from dualfocus.bench.scenes import held_out, is_right
 from dualfocus.bench.scorers import share
 from dualfocus.runtime import Bundle, Reference
 from dualfocus.runtime.cache import KVCache
-from dualfocus.runtime.engines import Decoder, Floats
+from dualfocus.runtime.engines import Floats, HostDecoder
 from dualfocus.runtime.geometry import Crop
 from dualfocus.runtime.image import Picture, view, whole
 from dualfocus.runtime.sequence import embed
@@ -192,7 +192,7 @@ def _pixels(bundle: Bundle, picture: Picture, crop: Crop | None) -> Floats:
 
 
 def _logits(
-    bundle: Bundle, decoder: Decoder, picture: Picture, asked: Dialogue, of: Dialogues
+    bundle: Bundle, decoder: HostDecoder, picture: Picture, asked: Dialogue, of: Dialogues
 ) -> Iterator[Floats]:
     """For each reply `of` float32 the (tokens, vocabulary) logits that `decoder` chooses its tokens by, after
     what `bundle`, which is float32's, sees and was told."""

@@ -227,7 +227,7 @@ def open_model(dtype: torch.dtype, form: str, work: Work, device: str = "cpu") -
 
 
 class _Decoder:
-    """`engines.Decoder`, for a cache of one row that only grows."""
+    """`engines.HostDecoder`, for a cache of one row that only grows."""
 
     def __init__(self, model: _Model) -> None:
         self._model = model.model

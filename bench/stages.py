@@ -145,7 +145,8 @@ class Asker:
             match event:
                 case Stage(name):
                     meter.stage = name
-                    entered.append((name, time.perf_counter()))
+                    if name != "queue":  # nothing else is asked
+                        entered.append((name, time.perf_counter()))
                 case ReplyToken(reply):
                     said.append((reply, meter.stage, time.perf_counter()))
 
@@ -154,7 +155,7 @@ class Asker:
         result = self._engine.run(self._engine.submit(picture, self._subject.question, focus, follow=follow))
         total = 1e3 * (time.perf_counter() - begin)
         stages = {OPEN: 1e3 * (opened - begin), **result.times_ms}
-        del stages["total"]
+        del stages["total"], stages["queue"]
         stages[REST] = total - sum(stages.values())
         return Round(stages, total, begin, entered, said, tuple(meter.calls), result)
 
@@ -442,11 +443,14 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
 
 
 def _prompts(calls: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
-    """Of each prompt's call: its name, the tokens it found, and those it computed."""
-    names = {("prefill", 0): "locate", ("prefill", 1): "macro", ("micro_prefill", 0): "micro"}
+    """Of each prompt, which may take several calls: its name, the tokens it found, and those it computed."""
+    found: dict[tuple[str, int], list[int]] = {}
+    for call in calls:
+        if call["stage"] in PREFILL:
+            for row, past, new in zip(call["rows"], call["past"], call["new"], strict=True):
+                found.setdefault((call["stage"], row), [past, 0])[1] += new
+    replies = {"prefill": iter(["macro", "locate"]), "micro_prefill": iter(["micro"])}
     return [
-        (names.get((call["stage"], row), f"select, row {row}"), past, new)
-        for call in calls
-        if call["stage"] in PREFILL
-        for row, past, new in zip(call["rows"], call["past"], call["new"], strict=True)
+        (next(replies.get(stage, iter([f"select, row {row}"])), stage), past, new)
+        for (stage, row), (past, new) in found.items()
     ]

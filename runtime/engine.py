@@ -371,6 +371,7 @@ class Engine:
         assert isinstance(work, Generate | Score)
         with self._blame(request):
             if isinstance(work, Score) and job.live is None:
+                request.enter("select")
                 job.live = Scoring(work, request.counters, self.prefixes.slots)
                 if job.live.done:
                     self._finish(request, job, job.live.result)
@@ -380,9 +381,9 @@ class Engine:
             if job.slot is None:
                 return
             if isinstance(work, Generate):
+                request.enter(f"{job.stage}prefill")
                 job.live = Reply(work, self._bundle.manifest, self._bundle.tokenizer, request.counters)
             assert job.live is not None
-            request.enter(f"{job.stage}prefill" if isinstance(work, Generate) else "select")
             prompt = job.live.start(job.slot)
             if prompt.tokens:
                 job.prompt = prompt

@@ -225,7 +225,7 @@ def test_a_wrong_answer_is_noticed(random_bundle: Path, monkeypatch: pytest.Monk
         return dataclasses.replace(result, located=result.macro.generation) if result.macro else result
 
     monkeypatch.setattr(DualFocus, "ask", wrong)
-    with pytest.raises(RuntimeError, match=r"\+ images gives"):
+    with pytest.raises(RuntimeError, match=r"\+ draft gives"):
         savings.run(Bundle.open(random_bundle, threads=1), 2, 1)
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dualfocus.bench import budget
 from dualfocus.export import export_bundle
 from dualfocus.runtime import Bundle
-from dualfocus.runtime.cache import KVCache, Snapshot
+from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.engines import Floats
 from dualfocus.runtime.sequence import common_prefix, embed
 
@@ -51,8 +51,7 @@ operations = st.lists(
         st.tuples(st.just("extend"), st.dictionaries(row, appended, min_size=2)),
         st.tuples(st.just("fork"), row, row, share, share),
         st.tuples(st.just("truncate"), row, share),
-        st.tuples(st.just("save"), row, share),
-        st.tuples(st.just("load"), row, st.integers(0, 9)),
+        st.tuples(st.just("clear"), row),
     ),
     max_size=25,
 )
@@ -64,7 +63,6 @@ def check(bundle: Bundle, operations: list[tuple], atol: float) -> None:
     for array in cache.keys + cache.values:
         array[:] = 99  # what no row holds yet must not matter
     rows: list[list[int]] = [[] for _ in range(ROWS)]
-    saved: list[tuple[list[int], Snapshot]] = []
     for name, *of in operations:
         if name == "extend":
             new = {r: a for r, a in of[0].items() if len(rows[r]) + len(a[0]) <= CAPACITY}
@@ -89,13 +87,9 @@ def check(bundle: Bundle, operations: list[tuple], atol: float) -> None:
         elif name == "truncate":
             del rows[of[0]][round(of[1] * len(rows[of[0]])) :]
             cache.truncate(of[0], len(rows[of[0]]))
-        elif name == "save":
-            length = round(of[1] * len(rows[of[0]]))
-            saved.append((rows[of[0]][:length], cache.save(of[0], length)))
-        elif saved:
-            tokens, snapshot = saved[of[1] % len(saved)]
-            cache.load(of[0], snapshot)
-            rows[of[0]] = list(tokens)
+        else:
+            cache.clear(of[0])
+            rows[of[0]] = []
         assert cache.lengths == [len(tokens) for tokens in rows]
     for r, tokens in enumerate(rows):  # what was not extended last is right too
         if len(tokens) < CAPACITY:
@@ -174,18 +168,6 @@ def test_a_row_may_want_no_logits(tiny):
         np.testing.assert_allclose(one, anew(bundle, [7], [0]), atol=1e-4)
 
 
-def test_a_snapshot_is_a_copy():
-    cache = KVCache(FAKE.manifest.decoder, 2, CAPACITY)
-    FAKE.decoder.extend(cache, [0], [embedded(FAKE, [5, 6, 7])], [[0]])
-    snapshot = cache.save(0, 2)
-    cache.truncate(0, 0)
-    FAKE.decoder.extend(cache, [0], [embedded(FAKE, [8, 9, 10])], [[0]])
-    cache.load(1, snapshot)
-    (logits,) = FAKE.decoder.extend(cache, [1], [embedded(FAKE, [11])], [[0]])
-    np.testing.assert_allclose(logits, anew(FAKE, [5, 6, 11], [2]), atol=1e-6)
-    assert snapshot.nbytes == 2 * 2 * fakes.WIDTH * 4  # keys and values, tokens, width, bytes
-
-
 def test_nbytes_is_what_the_formula_says():
     spec = FAKE.manifest.decoder
     cache = KVCache(spec, ROWS, CAPACITY)
@@ -199,7 +181,6 @@ def test_no_operation_reaches_beyond_what_a_row_holds():
         lambda: cache.truncate(0, 3),
         lambda: cache.fork(0, 1, 3),
         lambda: cache.fork(0, 1, 2, kept=1),
-        lambda: cache.save(0, 3),
     ):
         with pytest.raises(AssertionError):
             beyond()
@@ -235,3 +216,20 @@ def test_memory_is_taken_as_tokens_arrive() -> None:
     pages = 2 * spec.layers * spec.kv_heads * mmap.PAGESIZE
     assert cache.nbytes > 1_000_000_000
     assert taken < 2 * pages + 8_000_000
+
+
+@pytest.mark.skipif(not budget.STATUS.exists(), reason="only Linux tells")
+def test_a_cleared_row_gives_its_memory_back() -> None:
+    spec = dataclasses.replace(FAKE.manifest.decoder, layers=2, kv_heads=4, head_size=128)
+    cache = KVCache(spec, 3, 4096)
+    before = budget.private()
+    for array in cache.keys + cache.values:
+        array[:2] = 1
+    row = cache.nbytes // 3
+    assert budget.private() - before > 1.9 * row
+    cache.lengths[0] = cache.lengths[1] = 4096
+    cache.clear(0)
+    assert cache.lengths == [0, 4096, 0]
+    assert budget.private() - before < 1.1 * row
+    for array in cache.keys + cache.values:
+        assert (array[1] == 1).all()

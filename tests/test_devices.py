@@ -26,7 +26,7 @@ from dualfocus.bench.scenes import held_out
 from dualfocus.cli import app
 from dualfocus.export import ExportError, export_bundle
 from dualfocus.kernels import cuda
-from dualfocus.runtime import Bundle, DualFocus, Reference, devices, registry
+from dualfocus.runtime import Bundle, DualFocus, Engine, Reference, devices, registry
 from dualfocus.runtime import onnx as engine
 from dualfocus.runtime.devices import CPU, Device
 from dualfocus.runtime.errors import DeviceError
@@ -359,7 +359,7 @@ def test_what_goes_wrong_apart_is_raised_here(
         raise MemoryError
 
     with monkeypatch.context() as broken:
-        broken.setattr(DualFocus, "_encode_apart", fail)
+        broken.setattr(Engine, "_encode_aside", fail)
         runner = DualFocus(bundle)
         with pytest.raises(MemoryError):
             ask(runner, 6)

@@ -210,7 +210,7 @@ def test_several_at_once(many: int, batch: int, mode: Mode) -> None:
 
 def test_a_session_and_a_stream() -> None:
     pairs = held_out_pairs(12)
-    asked, streamed = DualFocus(nano()), DualFocus(nano())
+    asked, streamed, met = DualFocus(nano()), DualFocus(nano()), DualFocus(nano())
     sessions: dict[int, object] = {}
     for at, pair in enumerate(pairs):
         expected = asked.ask(pair.picture, pair.question)
@@ -225,7 +225,7 @@ def test_a_session_and_a_stream() -> None:
             assert tuple(e.token for e in said[name]) == tokens
             text = generation.text if generation else ""
             assert "".join(e.text for e in said[name]).strip() == text
-        session = sessions.setdefault(id(pair.picture), asked.session(pair.picture))
+        session = sessions.setdefault(id(pair.picture), met.session(pair.picture))
         same(pair, session.ask(pair.question), plainly(at), nano())
         *_, result = session.stream(pair.question, "micro")
         same(pair, result, plainly(at, mode="micro"), nano())

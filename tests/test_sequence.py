@@ -18,7 +18,6 @@ from dualfocus.runtime.engines import Floats
 from dualfocus.runtime.sequence import (
     CachedSequence,
     Extension,
-    Prefix,
     common_prefix,
     embed,
     extend,
@@ -99,8 +98,7 @@ operations = st.lists(
         st.tuples(st.just("fork"), row, row, share),
         st.tuples(st.just("cut"), row, share),
         st.tuples(st.just("forget"), row),
-        st.tuples(st.just("save"), row, share),
-        st.tuples(st.just("load"), row, st.integers(0, 9)),
+        st.tuples(st.just("clear"), row),
     ),
     max_size=20,
 )
@@ -110,7 +108,6 @@ def check(bundle: Bundle, operations: list[tuple], asked: list[list[Token]], ato
     rows = Rows(bundle)
     held: list[list[Token]] = [[] for _ in range(ROWS)]
     past: list[list[Token]] = []
-    saved: list[Prefix] = []
     for name, *of in operations:
         past = [*past[-ROWS:], *(run for run in held if run)]
         after: dict[int, list[int]] = {}
@@ -138,13 +135,10 @@ def check(bundle: Bundle, operations: list[tuple], asked: list[list[Token]], ato
             held[r] = held[r][: round(part * len(held[r]))]
             rows.sequences[r].cut(len(held[r]))
         elif name == "forget":
-            rows.sequences[of[0]].forget_branches()
-        elif name == "save":
-            saved.append(rows.sequences[of[0]].save(round(of[1] * len(held[of[0]]))))
-        elif saved:
-            r, prefix = of[0], saved[of[1] % len(saved)]
-            rows.sequences[r].load(prefix)
-            held[r] = list(prefix.tokens)
+            rows.sequences[of[0]].forget()
+        else:
+            rows.sequences[of[0]].clear()
+            held[of[0]] = []
         for r, sequence in enumerate(rows.sequences):
             rows.check(sequence, held[r], after.get(r, []), atol)
             # another row's tokens, and what once stood somewhere behind what stands here now
@@ -185,7 +179,7 @@ def test_what_was_cut_off_is_remembered_as_long_as_its_beginning_stands():
     rows.extend(Extension.to(sequence, [3, 9], [1]))  # what the branch began with is another
     assert all(map(math.isnan, sequence.recall([3, 4, 5, 6, 7], [3, 4])))
     assert all(map(math.isnan, sequence.recall([3, 9, 5, 6, 7], [3, 4])))
-    sequence.forget_branches()
+    sequence.forget()
     assert all(map(math.isnan, sequence.recall([3, 4, 5, 6, 7], [2, 3, 4])))
 
 
@@ -204,14 +198,14 @@ def test_only_what_is_new_is_computed():
     other.fork_from(sequence, 4)
     rows.extend(Extension.to(other, [3, *spread("a"), 7], [4]))
     assert decoder.tokens == 7 + 3 + 1
-    other.load(sequence.save(4))
+    other.clear()
     rows.extend(Extension.to(other, [3, *spread("a"), 8], [4]))
-    assert decoder.tokens == 7 + 3 + 1 + 1
+    assert decoder.tokens == 7 + 3 + 1 + 5
     assert decoder.calls == 5
 
 
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("then", ["extend", "go on", "fork to", "fork from", "load", "save"])
+@pytest.mark.parametrize("then", ["extend", "go on", "fork to", "fork from", "clear"])
 def test_an_interrupted_prefill_leaves_nothing_stale(late: bool, then: str):
     rows = Rows(fakes.make_bundle())
     spoilt, other = rows.sequences[:2]
@@ -226,14 +220,30 @@ def test_an_interrupted_prefill_leaves_nothing_stale(late: bool, then: str):
     elif then == "fork from":
         other.fork_from(spoilt, 2)
         spoilt, other = other, spoilt
-    elif then == "load":
-        spoilt.load(other.save(3))
-    elif then == "save":
-        other.load(spoilt.save(2))
-        spoilt, other = other, spoilt
+    elif then == "clear":
+        spoilt.clear()
     for new in ([3, 4, 8], [3, 9, 9, 8]):
         rows.extend(Extension.to(spoilt, new, range(len(new))))
         rows.check(spoilt, new, list(range(len(new))), 1e-6)
+
+
+def test_an_extension_in_parts_is_the_whole() -> None:
+    prompt = [3, *spread("a"), 4, 5, 6]
+    for held in (0, 1, 3):
+        for length in range(len(prompt) - held + 1):
+            rows = Rows(FAKE)
+            sequence, other = rows.sequences[:2]
+            if held:
+                rows.extend(Extension.to(sequence, prompt[:held], []), Extension.to(other, prompt[:held], []))
+            after = [at for at in (1, 4, 5, 6) if at >= held]
+            whole = Extension.to(sequence, prompt, after)
+            assert [whole.prefix(prompt), whole.prefix([3, 9]), whole.prefix([])] == [len(prompt), 1, 0]
+            assert whole.prefix([*prompt[:-1], 9]) == len(prompt) - 1
+            parts = whole.split(length)
+            assert [len(part.tokens) for part in parts] == [length, len(whole.tokens) - length]
+            rows.extend(*[part for part in parts[:1] if part.tokens])
+            rows.extend(*[part for part in parts[1:] if part.tokens])
+            rows.check(sequence, prompt, after, 1e-6)
 
 
 def test_image_tokens_are_equal_if_image_and_position_are():

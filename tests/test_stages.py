@@ -74,11 +74,11 @@ def test_calls_and_tokens_are_those_of_the_question(random_bundle: Path) -> None
     counters = of.result.counters
     # the macro prompt on an empty row, the locate prompt behind the picture, both then in one batch
     macro, locate, *rest = of.calls
-    assert (macro.stage, macro.rows, macro.past) == ("prefill", (1,), (0,))
-    assert (locate.stage, locate.rows) == ("prefill", (0,))
+    assert (macro.stage, macro.rows, macro.past) == ("prefill", (0,), (0,))
+    assert (locate.stage, locate.rows) == ("prefill", (1,))
     assert locate.past[0] > 16  # the image's tokens among them
     decoding = [call for call in rest if call.stage == "decode"]
-    assert decoding[0].rows == (1, 0)
+    assert decoding[0].rows == (0, 1)
     assert sum(call.stage in stages.DECODE for call in of.calls) == counters.decode_steps
     replies = {name: of.said_in(name) for name in ("macro", "locate", "micro")}
     assert len(replies["macro"]) == len(of.result.macro.generation.tokens) == 3

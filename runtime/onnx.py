@@ -83,6 +83,8 @@ def _options(threads: Threads, *, half: bool = False) -> ort.SessionOptions:
     # Without VNNI, pairs of 8-bit products are added in 16 bits, and overflow, unless this is set; with VNNI
     # it would halve the speed. The crop kernel's AVX-512 path needs VNNI too, so it is there or is not.
     # Graphs of float16 have no such products, but weights that this would spoil.
+    if half:  # in 8 bits, the kernels for one row and for several round activations differently
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if "avx512" not in kernels.available() and not half:
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options

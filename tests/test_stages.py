@@ -54,8 +54,8 @@ def test_stages_add_up_to_the_total(random_bundle: Path) -> None:
     assert list(of.stages) == STAGES
     assert sum(of.stages.values()) == of.total
     assert min(of.stages.values()) > 0
-    # three looks: as the runtime's clock is made, as its first stage begins, and behind its last
-    assert of.stages["rest"] == 3 * 250
+    # four looks: as the runtime's clock is made, as its first stage begins, in the queue, and behind its last
+    assert of.stages["rest"] == 4 * 250
     # the decoder's calls are of the stages they stand under, and one after the other
     assert [call.stage for call in of.calls] == sorted((c.stage for c in of.calls), key=STAGES.index)
     for call, following in itertools.pairwise(of.calls):

@@ -33,7 +33,7 @@ from dualfocus.runtime.turns import Question, Turns
 from dualfocus.runtime.work import Encode, Generate, Protocol, Score, Steps, Task
 
 CHUNK = 512  # tokens
-PADDING = 8  # positions that a call may waste on prompts of other lengths; for more, another call costs less
+PADDING = 4  # positions that a call may waste on prompts of other lengths; for more, another call costs less
 
 
 @dataclass(eq=False)

@@ -25,6 +25,7 @@ class Reply:
     sequence: CachedSequence
 
     def __init__(self, work: Generate, manifest: Manifest, tokenizer: Tokenizer, counters: Counters) -> None:
+        assert len(work.prompt.tokens) <= manifest.decoder.context, "the prompt is longer than the context"
         self._name = work.reply
         self._prompt = work.prompt
         self._draft = work.draft

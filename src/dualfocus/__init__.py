@@ -1,9 +1,31 @@
-"""dualfocus: an edge-optimised inference runtime for two-pass vision-language models.
+"""dualfocus: an edge-optimised inference runtime for vision-language models that look twice.
 
-The rooms, in reading order: ``runtime.manifest`` (what a bundle says about itself),
-``runtime.turns`` (the protocol's prompts), ``runtime.cache`` and ``runtime.engine``
-(KV cache and decoder), ``runtime.scheduler`` (the two passes). Importing this package
-imports none of them.
+from dualfocus import DualFocus
+
+model = DualFocus()  # the built-in model
+result = model.ask("photo.jpg", "What is written on the sign?")
+
+Importing this package imports nothing else before one of its names is used.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dualfocus.runtime import Bundle, DualFocus, FocusResult, Question
+
+__all__ = ["Bundle", "DualFocus", "FocusResult", "Question"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dualfocus import runtime
+
+    return getattr(runtime, name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,303 @@
+"""`DualFocus` as a program uses it: any source, any thread, many questions, a clean end."""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from equality import Pair, same
+from PIL import Image
+from test_batching import PICTURES, QUESTIONS, BrokenError, expected, failing
+from test_engine import QUESTION, make
+
+from dualfocus.runtime import (
+    Bundle,
+    BusyError,
+    DualFocus,
+    EngineError,
+    FocusResult,
+    PictureError,
+    QuestionError,
+    ReplyToken,
+)
+
+FAKE = make()
+
+
+class Gate:
+    """A decoder that waits before every call until it is opened."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._extend = bundle.decoder.extend
+        self.open = threading.Event()
+        self.reached = threading.Event()
+        bundle.decoder.extend = self.extend
+
+    def extend(self, *args: Any) -> Any:
+        self.reached.set()
+        assert self.open.wait(30)
+        return self._extend(*args)
+
+
+def test_a_picture_may_be_a_path_bytes_an_image_or_an_array(tmp_path: Path) -> None:
+    model = DualFocus(FAKE)
+    path = tmp_path / "picture.png"
+    Image.fromarray(PICTURES[0]).save(path)
+    for source in (
+        path,
+        str(path),
+        path.read_bytes(),
+        Image.open(io.BytesIO(path.read_bytes())),
+        PICTURES[0],
+    ):
+        result = model.ask(source, QUESTION)
+        same(Pair(PICTURES[0], QUESTION), result, expected(0, 0, "dual"), FAKE, alike=True)
+    for bad in (tmp_path / "none.png", b"no picture"):
+        for ask in (model.ask, model.stream, model.session, model.submit):
+            with pytest.raises(PictureError):
+                ask(bad) if ask == model.session else ask(bad, QUESTION)
+    for ask in (model.ask, model.stream, model.submit):
+        with pytest.raises(QuestionError):
+            ask(path, " ")
+
+
+def test_many_threads_ask_one_model() -> None:
+    model = DualFocus(FAKE, slots=6)
+
+    def ask(at: int) -> tuple[int, FocusResult]:
+        return at, model.ask(PICTURES[at % 3], QUESTIONS[at % 4])
+
+    with ThreadPoolExecutor(8) as pool:
+        for at, result in pool.map(ask, range(60)):
+            pair = Pair(PICTURES[at % 3], QUESTIONS[at % 4])
+            same(pair, result, expected(at % 3, at % 4, "dual"), FAKE, alike=True)
+
+
+def test_many_answers_come_in_order_and_each_failure_at_its_place() -> None:
+    model = DualFocus(FAKE, slots=4)
+    read = []
+
+    def picture(at: int) -> Any:
+        def source() -> np.ndarray:
+            read.append(at)
+            if at == 5:
+                raise PictureError("no picture")
+            return PICTURES[at % 3]
+
+        return source
+
+    answers = model.ask_many((picture(at), " " if at == 7 else QUESTIONS[at % 4]) for at in range(20))
+    for at in range(20):
+        if at in (5, 7):
+            with pytest.raises(PictureError if at == 5 else QuestionError):
+                next(answers)
+        else:
+            pair = Pair(PICTURES[at % 3], QUESTIONS[at % 4])
+            same(pair, next(answers), expected(at % 3, at % 4, "dual"), FAKE, alike=True)
+        assert answers.done == at + 1
+        assert len(read) <= at + 1 + 4  # pictures are read as they are needed
+    assert list(answers) == []
+
+
+def test_a_picture_that_is_changed_after_it_was_given_is_what_it_was() -> None:
+    picture = PICTURES[0].copy()
+    bundle = make()
+    model, gate = DualFocus(bundle), Gate(bundle)
+    handle, stream, session = (
+        model.submit(picture, QUESTION),
+        model.stream(picture, QUESTION),
+        model.session(picture),
+    )
+    picture[:] = 0
+    gate.open.set()
+    for result in (handle.result(), [*stream][-1], session.ask(QUESTION)):
+        same(Pair(PICTURES[0], QUESTION), result, expected(0, 0, "dual"), FAKE, alike=True)
+
+
+def test_a_handle_tells_when_it_is_done_and_what_happened() -> None:
+    bundle = make()
+    model, gate = DualFocus(bundle), Gate(bundle)
+    handle = model.submit(PICTURES[0], QUESTION)
+    assert not handle.done
+    with pytest.raises(TimeoutError):
+        handle.result(0.01)
+    gate.open.set()
+    *events, last = handle
+    assert handle.done
+    assert last == handle.result() == handle.result(0)
+    assert any(isinstance(event, ReplyToken) for event in events)
+    broken = model.submit(PICTURES[0], QUESTION, failing(2))
+    with pytest.raises(BrokenError):
+        list(broken)
+    with pytest.raises(BrokenError):
+        broken.result()
+
+
+def test_what_is_cancelled_raises_and_the_others_are_answered() -> None:
+    bundle = make()
+    model, gate = DualFocus(bundle, slots=6), Gate(bundle)
+    handles = [model.submit(PICTURES[at], QUESTION) for at in range(3)]
+    assert gate.reached.wait(10)
+    handles[1].cancel()
+    handles[1].cancel()
+    gate.open.set()
+    with pytest.raises(CancelledError):
+        handles[1].result()
+    for at in (0, 2):
+        same(Pair(PICTURES[at], QUESTION), handles[at].result(), expected(at, 0, "dual"), FAKE, alike=True)
+    handles[0].cancel()  # it is done: nothing happens
+    assert handles[0].result()
+
+
+def test_a_cancelled_tower_is_awaited_and_its_result_dropped() -> None:
+    bundle = make()
+    started, go_on = threading.Event(), threading.Event()
+    encode = bundle.vision.encode
+
+    def slow(pixels: Any) -> Any:
+        started.set()
+        assert go_on.wait(10)
+        return encode(pixels)
+
+    bundle.vision.encode = slow
+    model = DualFocus(bundle)
+    handle = model.submit(PICTURES[0], QUESTION)
+    assert started.wait(10)
+    handle.cancel()
+    other = model.submit(PICTURES[1], QUESTION)
+    go_on.set()
+    with pytest.raises(CancelledError):
+        handle.result()
+    same(Pair(PICTURES[1], QUESTION), other.result(), expected(1, 0, "dual"), FAKE, alike=True)
+
+
+def test_too_many_questions_are_refused_and_later_ones_taken() -> None:
+    bundle = make()
+    model, gate = DualFocus(bundle, queue=3), Gate(bundle)
+    handles = [model.submit(PICTURES[at], QUESTION) for at in range(3)]
+    with pytest.raises(BusyError, match="3 questions are waiting"):
+        model.submit(PICTURES[0], QUESTION)
+    gate.open.set()
+    for handle in handles:
+        handle.result()
+    assert model.ask(PICTURES[0], QUESTION).answer == "AB7"
+
+
+def test_a_closed_model_cancels_and_takes_no_more() -> None:
+    bundle = make()
+    gate = Gate(bundle)
+    with DualFocus(bundle) as model:
+        handles = [model.submit(PICTURES[at], QUESTION) for at in range(2)]
+        assert gate.reached.wait(10)
+        gate.open.set()
+    model.close()
+    for handle in handles:
+        if not isinstance(handle._request._error, CancelledError):
+            assert handle.result()
+    with pytest.raises(EngineError, match="was closed"):
+        model.ask(PICTURES[0], QUESTION)
+
+
+def test_a_model_that_nobody_holds_ends_its_thread() -> None:
+    before = threading.active_count()
+    model = DualFocus(make())
+    handle = model.submit(PICTURES[0], QUESTION)
+    gone = weakref.ref(model)
+    del model
+    assert handle.result().answer == "AB7"  # what is on its way is answered
+    del handle
+    gc.collect()
+    assert gone() is None
+    until = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def test_ctrl_c_while_waiting_cancels_the_question() -> None:
+    bundle = make()
+    model, gate = DualFocus(bundle), Gate(bundle)
+
+    def interrupt() -> None:
+        assert gate.reached.wait(10)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        model.ask(PICTURES[0], QUESTION)
+    thread.join()
+    gate.open.set()
+    same(
+        Pair(PICTURES[1], QUESTION),
+        model.ask(PICTURES[1], QUESTION),
+        expected(1, 0, "dual"),
+        FAKE,
+        alike=True,
+    )
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+def test_a_fork_is_told_to_open_a_model_of_its_own() -> None:
+    """Also if it holds a question that the parent asked; and it ends."""
+    done = run(
+        """
+import os, sys
+import numpy as np
+from dualfocus.runtime import DualFocus, EngineError
+model = DualFocus(threads=1)
+picture = np.zeros((40, 40, 3), np.uint8)
+handle = model.submit(picture, "What is it?")
+child = os.fork()
+if child == 0:
+    for ask in (lambda: model.ask(picture, "What is it?"), handle.result, handle.cancel, lambda: [*handle]):
+        try:
+            ask()
+        except EngineError as error:
+            print(error)
+    sys.exit()
+os.waitpid(child, 0)
+print(handle.result().answer != "")
+"""
+    )
+    assert done.stderr == ""
+    *told, answered = done.stdout.splitlines()
+    assert answered == "True"
+    assert len(told) == 4
+    assert all("open the model after the fork" in line for line in told)
+
+
+def test_a_process_ends_while_questions_are_on_their_way() -> None:
+    done = run(
+        """
+import numpy as np
+from dualfocus.runtime import DualFocus
+model = DualFocus(threads=1)
+handles = [model.submit(np.full((40, 40, 3), at, np.uint8), "What is it?") for at in range(40)]
+print("asked")
+"""
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "asked\n", "")
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    heavy = ("numpy", "PIL", "tokenizers", "onnxruntime", "dualfocus.runtime")
+    done = run(f"import sys, dualfocus; print([name for name in {heavy} if name in sys.modules])")
+    assert done.stdout == "[]\n"
+    done = run("import dualfocus; print(dualfocus.DualFocus.__name__, 'DualFocus' in dir(dualfocus))")
+    assert done.stdout == "DualFocus True\n"
+    assert "has no attribute" in run("import dualfocus; dualfocus.Nothing").stderr

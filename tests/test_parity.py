@@ -417,10 +417,12 @@ def letter_questions(shown: Image.Image, sides: Sides) -> Iterator[tuple[Questio
 
     They do not show their options, so that replies stay the same whatever these are.
     """
-    wordings = iter([*WORDINGS.values()] * 2)
-    for context, word in product(("", "At night."), ("animal", "number", "shape", "bird of prey")):
+    once = [*WORDINGS.values()]
+    wordings = [*once, once[-1], *once[:-1]]  # another for the same line
+    contexts_and_words = product(("", "At night."), ("animal", "number", "shape", "bird of prey"))
+    for (context, word), wording in zip(contexts_and_words, wordings, strict=True):
         line = f"What {word}?"
-        question = Question(line, f"{line}\nA, B, C or D?", ANIMALS, context, next(wordings))
+        question = Question(line, f"{line}\nA, B, C or D?", ANIMALS, context, wording)
         yield question, sides.protocol.ask(shown, question, box_reply=BOX)
 
 

@@ -159,7 +159,7 @@ def asked(seed: int, count: int = 4) -> list[Any]:
         box = f"[{left:.2f}, {upper:.2f}, {left + 0.3:.2f}, {upper + 0.35:.2f}]"
         sides = draw.randint(90, 500), draw.randint(90, 500)
         pairs.append((picture(seed + i, *sides), question, box))
-    return pairs
+    return [*pairs, (*pairs[-1][:2], None)]  # and once what the model itself replies to the locate turn
 
 
 def check(

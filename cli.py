@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO, cast, get_args
 
@@ -85,6 +86,12 @@ def ask(
             help="Look no closer if the macro answer's mean token probability is above P  [default: never]",
         ),
     ] = None,
+    zooms: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=1, max=8, help="Look again inside a crop that is still large, N zooms at most."
+        ),
+    ] = 1,
     cache_mb: Annotated[
         int,
         typer.Option(
@@ -109,11 +116,18 @@ def ask(
         from dualfocus.runtime.bundle import BUILT_IN
         from dualfocus.runtime.errors import InputError
         from dualfocus.runtime.turns import Turns
+        from dualfocus.runtime.zooms import zooms as zooming
 
         if show is not None:
             _check_show(show, picture, questions)
         if plain and skip_above is not None:
             raise InputError("--plain runs every step, so --skip-above cannot be given with it")
+        protocol = None
+        if zooms > 1:
+            if mode != "dual" or skip_above is not None:
+                given = f"--mode {mode}" if mode != "dual" else "--skip-above"
+                raise InputError(f"--zooms {zooms} runs both passes, so {given} cannot be given with it")
+            protocol = partial(zooming, most=zooms, select=select, free_box=free_box or plain)
         pixels = open_picture(_standard_input() if picture == "-" else picture, "standard input")
         waiting = _Waiting()
         with waiting:
@@ -127,6 +141,8 @@ def ask(
 
             def answer(question: str) -> FocusResult:
                 with waiting:
+                    if protocol is not None:
+                        return cast("FocusResult", reference.run(pixels, question, protocol))
                     return reference.ask(pixels, question, mode)
         else:
             session = DualFocus(
@@ -135,7 +151,8 @@ def ask(
             follow = _watch if _watched(sys.stdout) and not as_json else waiting.follow
 
             def answer(question: str) -> FocusResult:
-                return follow(session.stream(question, mode))
+                events = session.submit(question, protocol) if protocol else session.stream(question, mode)
+                return follow(events)
 
         for question in questions:
             result = answer(question)
@@ -528,6 +545,21 @@ def bench_savings(
 ) -> None:
     """What every saving is worth, from the plain protocol to all of them."""
     _bench("savings", bundle, rounds, device, threads, spin, as_json=as_json, save=save, plot=plot)
+
+
+@benches.command("throughput")
+def bench_throughput(
+    bundle: _Bundle = None,
+    rounds: _Rounds = 10,
+    device: _Device = "auto",
+    threads: _Threads = None,
+    spin: _Spin = True,
+    as_json: _Json = False,
+    save: _Save = False,
+    plot: _Plot = None,
+) -> None:
+    """Several questions in flight: questions a second, the first token, the answer."""
+    _bench("throughput", bundle, rounds, device, threads, spin, as_json=as_json, save=save, plot=plot)
 
 
 @benches.command("gate")
@@ -941,6 +973,7 @@ def _print_result(result: FocusResult, question: str | None, device: str) -> Non
             rows.add_row("region", _text(_corners(result.box)), _text(zoom, "dim"))
     counters, times = result.counters, dict(result.times_ms)
     total = times.pop("total")
+    times.pop("queue", None)  # nothing else was asked
     stages = ", ".join(f"{stage.replace('_', ' ')} {ms:.0f}" for stage, ms in times.items())
     steps = f"{counters.decode_steps} decode steps"
     if counters.decode_rows > counters.decode_steps:

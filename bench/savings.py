@@ -210,15 +210,15 @@ class _Ways:
         first = self._case.several[0]
         (plain,) = results[PLAIN]
         for name in [f"+ {saving}" for saving in SAVINGS]:
-            _check_same(name, results[name][0], plain)
+            check_same(name, results[name][0], plain)
         (macro,) = results[MACRO]
-        _check_same(MACRO, macro, Reference(self._bundle).ask(first.picture, first.question, "macro"))
+        check_same(MACRO, macro, Reference(self._bundle).ask(first.picture, first.question, "macro"))
         further = zip(
             (self._case.second, *self._case.several), (*results[SECOND], *results[SEVERAL]), strict=True
         )
         for asked, result in further:
             self._say(asked)
-            _check_same(
+            check_same(
                 f"{asked.question!r} asked otherwise", result, self._all.ask(asked.picture, asked.question)
             )
 
@@ -283,7 +283,9 @@ def _item(savings: Collection[str], item: Any) -> Any:
     return item
 
 
-def _check_same(name: str, result: FocusResult, expected: FocusResult) -> None:
+def check_same(name: str, result: FocusResult, expected: FocusResult) -> None:
+    """RuntimeError unless both are the same answer, box, crop and tokens."""
+
     def facts(of: FocusResult) -> tuple[object, ...]:
         replies = (of.macro and of.macro.generation, of.located, of.micro and of.micro.generation)
         return of.answer, of.chosen, of.box, of.crop, [reply and reply.tokens for reply in replies]

@@ -108,12 +108,11 @@ class DualFocus:
     ) -> Handle:
         """Queue a question and return at once. `protocol` None is DualFocus, as `ask` runs it.
 
-        Of the questions that wait, those of the highest `priority` come first. Raises as `ask` does, and
-        BusyError where too many are on their way.
+        Of the questions that wait, those of the highest `priority` come first. The handle's result is what
+        the protocol returns. Raises as `ask` does, and BusyError where too many are on their way.
         """
-        return self._worker.submit(
-            _kept(picture), question, protocol or self._protocol("dual"), priority=priority
-        )
+        protocol = protocol or self._protocol("dual")
+        return self._worker.submit(_kept(picture), question, protocol, priority=priority)
 
     def close(self) -> None:
         """Cancel what is on its way, and end the engine's thread."""
@@ -140,15 +139,20 @@ class Session:
 
     def ask(self, question: str | Question, mode: Mode = "dual") -> FocusResult:
         """As `DualFocus.ask`."""
-        return _wait(self._submit(question, mode))
+        return _wait(self.submit(question, self._model._protocol(mode)))
 
     def stream(self, question: str | Question, mode: Mode = "dual") -> Iterator[Event]:
         """As `DualFocus.stream`."""
-        return _stream(self._submit(question, mode))
+        return _stream(self.submit(question, self._model._protocol(mode)))
 
-    def _submit(self, question: str | Question, mode: Mode) -> Handle:
-        model = self._model
-        return model._worker.submit(self._picture, question, model._protocol(mode), name=self._name)
+    def submit(
+        self, question: str | Question, protocol: Protocol | None = None, *, priority: int = 0
+    ) -> Handle:
+        """As `DualFocus.submit`."""
+        protocol = protocol or self._model._protocol("dual")
+        return self._model._worker.submit(
+            self._picture, question, protocol, name=self._name, priority=priority
+        )
 
 
 class Batch:

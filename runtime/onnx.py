@@ -275,8 +275,6 @@ class OnnxDecoder(_OnSession):
 
     def _write_tokens(self, call: Call, rows: Sequence[int], new: Sequence[Any]) -> None:
         told = call.inputs["inputs_embeds"]
-        if len(rows) < len(told):  # in 8 bits, all rows share the range of their activations: nothing stale
-            told[:] = 0
         for row, chunk in zip(rows, new, strict=True):
             told[row, : len(chunk)] = chunk
 

@@ -101,6 +101,7 @@ GROWING = "TensorScatter whose cache is of no fixed capacity"
 GQA, NBITS = "com.microsoft.GroupQueryAttention", "com.microsoft.MatMulNBits"
 INTEGERS = {"DynamicQuantizeLinear", "MatMulInteger"}  # the tower's
 ROUNDED = {"Abs", "QuantizeLinear"}  # the decoder's
+ZERO_POINTS = {"DequantizeLinear of uint8", "DequantizeLinear with a zero point"}
 
 
 REFUSED: dict[Consumer, dict[Form, set[str]]] = {
@@ -124,8 +125,8 @@ REFUSED: dict[Consumer, dict[Form, set[str]]] = {
             "DequantizeLinear of uint8",
             GROWING,
         },
-        Form(STANDARD, "int8", "float16"): ROUNDED | {"DequantizeLinear of uint8", GROWING},
-        Form(ORT, "int8", "float16"): {GQA, NBITS, "DequantizeLinear of uint8"} | ROUNDED,
+        Form(STANDARD, "int8", "float16"): ROUNDED | ZERO_POINTS | {GROWING},
+        Form(ORT, "int8", "float16"): {GQA, NBITS} | ROUNDED | ZERO_POINTS,
     },
 }
 REFUSED["tensorrt-rtx"] = REFUSED["tensorrt"]

@@ -295,13 +295,7 @@ class DecoderGraphs:
             do_rotary=1,
             scale=self._spec.head_size**-0.5,  # what it would be anyway; TensorRT-RTX wants to be told
         )
-        out = self._as_computed(graph, out)
-        if self._precision != "int8" or not self._spec.ragged_append:
-            return out
-        # Padding is what happened to be in memory, and would share the range of what is multiplied next.
-        fresh = graph.add("Unsqueeze", [_fresh(graph, of.x, of.lengths[2]), _ints(graph, 2)], "fresh.column")
-        zero = graph.weight("zero", np.zeros((), np.float32))
-        return graph.add("Where", [fresh, out, zero], f"{name}.fresh")
+        return self._as_computed(graph, out)
 
     def _standard_attention(self, graph: Graph, of: _Names, name: str) -> str:
         """The same in operators of the ONNX standard.

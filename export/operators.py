@@ -198,6 +198,8 @@ def _given(node: onnx.NodeProto, types: Types) -> list[str]:
             return ["uint8", "float", "uint8"]
         case "MatMulInteger":
             return ["int32"]
+        case "QuantizeLinear":
+            return [types[node.input[2]]]
         case "DequantizeLinear" | "Where":
             return [types[node.input[1]]]
         case "GroupQueryAttention":

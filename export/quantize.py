@@ -4,15 +4,18 @@ Everything but these products, the KV cache and what goes in and out stay float3
 measured to be worth it on a CPU (bench/LOG.md):
 
 - fp16: weights rounded to half precision. A CPU computes in float32, so this is half the file, no faster.
-- int8: one scale for an output channel, rounded to nearest, and one for all activations of a product, which
-  multiplies hundreds of tokens more than twice as fast as blocks do. In the decoder that is fine where the
-  activations are tame, once it is rotated (`rotate`); the down projections, whose inputs are not, and the
-  head have blocks of weights with a scale each, and activations rounded in the same blocks. The tower's
-  projector stays float32, as does the rotation of what comes into the decoder: their errors would go
-  straight into the image's tokens, and they take next to no time.
+- int8: a scale for each output channel, and products in integers, which multiply hundreds of tokens faster
+  than blocks do. The decoder is rotated (`rotate`), so that 8 bits hold its activations. What QKV, gate and
+  up read has a root mean square of 1, and a fixed range. The output projection takes each token's own range.
+  The down projections, whose inputs have outliers, and the head have blocks of weights with a scale each,
+  and activations rounded in the same blocks. The tower's products share one range for all activations of a
+  call. Its projector stays float32, as does the rotation of what comes into the decoder: their errors would
+  go straight into the image's tokens, and they take next to no time.
 - int4: the decoder in blocks of 32 weights with scale and zero point fitted by llama.cpp's k-quant search,
   as ONNX Runtime has it; the head, and the packed QKV and down projections of half of the layers, which
   cost quality most, in 8 bits. The tower as in int8. TensorRT has no zero points: its weights are signed.
+
+No range in the decoder spans several tokens: a token's result does not depend on which others share the call.
 
 For a GPU all the rest is float16, the tower too.
 """
@@ -39,11 +42,15 @@ from dualfocus.runtime.engines import Floats
 from dualfocus.runtime.manifest import Precision
 
 INT8_DOWN_BLOCK, INT8_HEAD_BLOCK, INT4_BLOCK = 128, 64, 32
+# Clips what an RMSNorm gives out. Rotated, it is near a normal distribution, for which 8 bits err least here.
+NORMED_PEAK = 4.0
 INTEGER_ACTIVATIONS = 4  # MatMulNBits' accuracy level: products in integers, several times as fast as floats
 # Weights that are searched at a time: what that takes fits a processor's cache, and is below what malloc maps
 # by itself (`stream`), which made the search four times as slow.
 CHUNK = 1 << 16
 
+# What sets the range of a product's 8-bit activations: all of a call, each token, or NORMED_PEAK.
+Range = Literal["call", "token", "normed"]
 Part = Literal["qkv", "project", "gate", "up", "down", "head"]
 Bytes = npt.NDArray[np.uint8]
 
@@ -55,6 +62,7 @@ class Form:
     bits: Literal[32, 16, 8, 4]
     block: int | None = None  # None: in 8 bits a scale for each output channel; in 16 and 32 there is none
     searched: bool = False  # blocks have a zero point too, fitted by k-quant's search; else symmetric
+    range: Range = "call"  # for 8 bits without blocks
 
     def nbytes(self, outputs: int, inputs: int) -> int:
         """What a matrix takes in the file."""
@@ -66,7 +74,7 @@ class Form:
 
 
 EXACT = Form(32)
-_OF: dict[Precision, Form] = {"fp32": EXACT, "fp16": Form(16), "int8": Form(8)}
+_OF: dict[Precision, Form] = {"fp32": EXACT, "fp16": Form(16)}
 
 
 def decoder_form(precision: Precision, part: Part, layer: int, layers: int) -> Form:
@@ -76,8 +84,10 @@ def decoder_form(precision: Precision, part: Part, layer: int, layers: int) -> F
     Q4_K_M gives them to the value and down projections: the first and the last eighth, and every third
     between.
     """
-    if precision == "int8" and part in ("down", "head"):
-        return Form(8, INT8_DOWN_BLOCK if part == "down" else INT8_HEAD_BLOCK)
+    if precision == "int8":
+        if part in ("down", "head"):
+            return Form(8, INT8_DOWN_BLOCK if part == "down" else INT8_HEAD_BLOCK)
+        return Form(8, range="token" if part == "project" else "normed")
     if precision == "int4":
         dear = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
         more = part == "head" or (dear and part in ("qkv", "down"))
@@ -97,32 +107,59 @@ def product(graph: Graph, x: str, weight: Floats, form: Form, name: str, output:
     if form.block is not None:
         return _block_product(graph, x, weight, form, name, output)
     if form.bits == 8:
-        return _channel_product(graph, x, weight, name, output)
+        return _channel_product(graph, x, weight, form, name, output)
     stored = graph.weight(name, weight.T.astype(np.float32 if form.bits == 32 else np.float16))
     if form.bits == 16 and not graph.half:
         stored = graph.add("Cast", [stored], f"{name}.float32", to=TensorProto.FLOAT)
     return graph.add("MatMul", [x, stored], output)
 
 
-def _channel_product(graph: Graph, x: str, weight: Floats, name: str, output: str) -> str:
-    """A product in integers, with a scale for each output channel and one for all of `x`.
+def _channel_product(graph: Graph, x: str, weight: Floats, form: Form, name: str, output: str) -> str:
+    """A product in integers, with a scale for each output channel.
 
-    What is multiplied in one call shares the range of its activations, and a session on an x86 processor
-    without VNNI needs ``session.x64quantprecision``, which `runtime.onnx` sees to.
+    A session on an x86 processor without VNNI needs ``session.x64quantprecision``, which `runtime.onnx` sets.
     """
     scale = np.abs(weight).max(axis=1) / np.float32(127)
     scale[scale == 0] = 1
     rounded = np.rint(weight / scale[:, None]).astype(np.int8)
-    matrix = graph.weight(f"{name}.int8", rounded.T)
-    scales = graph.weight(f"{name}.scale", scale)
-    zeros = graph.weight(f"{name}.zero", np.zeros(len(scale), np.int8))
+    matrix = [
+        graph.weight(f"{name}.int8", rounded.T),
+        graph.weight(f"{name}.scale", scale),
+        graph.weight(f"{name}.zero", np.zeros(len(scale), np.int8)),
+    ]
+    if form.range == "call":
+        return _call_product(graph, x, matrix, output)
+    if form.range == "normed":
+        return _fixed_product(graph, x, NORMED_PEAK, matrix, name, output)
+    last = graph.weight("last_axis", np.array([-1], np.int64))
+    peak = graph.add("ReduceMax", [graph.add("Abs", [x], f"{x}.abs"), last], f"{x}.peak", keepdims=1)
+    # A token of zeros becomes NaN, and that some integer: the product is finite, and 0 times its peak.
+    scaled = graph.add("Div", [x, peak], f"{x}.scaled")
+    return graph.add(
+        "Mul", [_fixed_product(graph, scaled, 1.0, matrix, name, f"{output}.scaled"), peak], output
+    )
+
+
+def _call_product(graph: Graph, x: str, matrix: list[str], output: str) -> str:
+    """Of activations with one range for all of a call; `matrix` is its integers, scales and zero points."""
+    integers, scales, zeros = matrix
     of_x = [f"{x}.uint8", f"{x}.scale", f"{x}.zero"]
     graph.add("DynamicQuantizeLinear", [x], of_x)  # products of the same share it
     both = graph.add("Mul", [of_x[1], scales], f"{output}.scale")
-    whole = graph.add("MatMulInteger", [of_x[0], matrix, of_x[2], zeros], f"{output}.int32")
+    whole = graph.add("MatMulInteger", [of_x[0], integers, of_x[2], zeros], f"{output}.int32")
     return graph.add(
         "Mul", [graph.add("Cast", [whole], f"{output}.float32", to=TensorProto.FLOAT), both], output
     )
+
+
+def _fixed_product(graph: Graph, x: str, peak: float, matrix: list[str], name: str, output: str) -> str:
+    """Of activations clipped to -`peak` and `peak`; ONNX Runtime fuses it to MatMulIntegerToFloat."""
+    step = graph.weight(f"step.{peak}", np.array(peak / 127, np.float32))
+    centre = graph.weight("centre", np.array(128, np.uint8))
+    whole = graph.add("QuantizeLinear", [x, step, centre], f"{x}.uint8")  # products of the same share it
+    rounded = graph.add("DequantizeLinear", [whole, step, centre], f"{x}.rounded")
+    dequantized = graph.add("DequantizeLinear", matrix, f"{name}.float32", axis=1)
+    return graph.add("MatMul", [rounded, dequantized], output)
 
 
 def _block_product(graph: Graph, x: str, weight: Floats, form: Form, name: str, output: str) -> str:

@@ -321,7 +321,7 @@ def encode(path: Path, pixels: Floats) -> Floats:
 def _open(path: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
     nodes = onnx.load(path, load_external_data=False).graph.node
-    if any(node.op_type == "MatMulInteger" for node in nodes):  # right on every processor
+    if any(node.op_type in ("MatMulInteger", "QuantizeLinear") for node in nodes):  # exact on any processor
         options.add_session_config_entry("session.x64quantprecision", "1")
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 

@@ -277,11 +277,8 @@ class OnnxDecoder(_OnSession[Floats, Floats]):
             self._bind(call.binding, name, array)
 
     def _write_tokens(self, call: Call, append: Append[Floats]) -> None:
-        written = call.inputs["inputs_embeds"]
-        if len(append.rows) < len(written):  # in int8, rows share an activation scale: idle ones must be zero
-            written[:] = 0
         for place, chunk in zip(append.places, append.chunks, strict=True):
-            written[place, : len(chunk)] = chunk
+            call.inputs["inputs_embeds"][place, : len(chunk)] = chunk
 
     def _compute(self, call: Call, append: Append[Floats]) -> list[Floats]:
         logits = np.empty((*call.inputs["logits_at"].shape, self._spec.vocabulary), np.float32)

@@ -99,7 +99,9 @@ def refused(graphs: Graphs, form: Form, graph: str, consumer: Consumer) -> set[s
 
 GROWING = "TensorScatter whose cache is of no fixed capacity"
 GQA, NBITS = "com.microsoft.GroupQueryAttention", "com.microsoft.MatMulNBits"
-INTEGERS = {"DynamicQuantizeLinear", "MatMulInteger"}
+INTEGERS = {"DynamicQuantizeLinear", "MatMulInteger"}  # the tower's
+ROUNDED = {"Abs", "QuantizeLinear"}  # the decoder's
+ZERO_POINTS = {"DequantizeLinear of uint8", "DequantizeLinear with a zero point"}
 
 
 REFUSED: dict[Consumer, dict[Form, set[str]]] = {
@@ -110,7 +112,7 @@ REFUSED: dict[Consumer, dict[Form, set[str]]] = {
         Form(ORT, "fp16", "float16"): {f"{GQA} with query_seqlens, which only later versions know"},
         Form(STANDARD, "fp32", "float32"): set(),
         Form(STANDARD, "fp16", "float16"): set(),
-        Form(STANDARD, "int8", "float16"): INTEGERS,
+        Form(STANDARD, "int8", "float16"): ROUNDED,
     },
     "tensorrt": {
         **{form: set() for form in FOR_ENGINES},
@@ -123,8 +125,8 @@ REFUSED: dict[Consumer, dict[Form, set[str]]] = {
             "DequantizeLinear of uint8",
             GROWING,
         },
-        Form(STANDARD, "int8", "float16"): INTEGERS | {"DequantizeLinear of uint8", GROWING},
-        Form(ORT, "int8", "float16"): {GQA, NBITS} | INTEGERS,
+        Form(STANDARD, "int8", "float16"): ROUNDED | ZERO_POINTS | {GROWING},
+        Form(ORT, "int8", "float16"): {GQA, NBITS} | ROUNDED | ZERO_POINTS,
     },
 }
 REFUSED["tensorrt-rtx"] = REFUSED["tensorrt"]

@@ -28,8 +28,8 @@ from dualfocus.bench.scripted import ScriptedDecoder
 from dualfocus.runtime import Bundle, Engine, FocusResult, ReplyToken
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.calls import group_rows
-from dualfocus.runtime.engine import Request
 from dualfocus.runtime.protocol import focus
+from dualfocus.runtime.request import Request
 from dualfocus.runtime.result import Event
 from dualfocus.train import scenes
 

@@ -14,40 +14,26 @@ A request's life:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from dualfocus.runtime.bundle import Bundle
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.engines import Array
 from dualfocus.runtime.generation import Reply, Scoring
-from dualfocus.runtime.geometry import Crop, Region
+from dualfocus.runtime.geometry import Crop
 from dualfocus.runtime.image import Picture
 from dualfocus.runtime.prefix_cache import PrefixCache, image_name
-from dualfocus.runtime.result import Counters, Event, FocusResult, Stage, StageClock
-from dualfocus.runtime.sequence import CachedSequence, Extension, extend
+from dualfocus.runtime.request import Job, Request
+from dualfocus.runtime.result import Event
+from dualfocus.runtime.sequence import Extension, extend
 from dualfocus.runtime.turns import Question, Turns
-from dualfocus.runtime.work import Encode, Generate, Protocol, Score, Steps, Task
+from dualfocus.runtime.work import Encode, Generate, Protocol, Score, Task
 
 CHUNK = 512  # tokens
 PADDING = 4  # positions that a call may waste on prompts of other lengths; for more, another call costs less
-
-
-@dataclass(eq=False)
-class Job:
-    """One piece of work, from the step that yields it until `branch` is sent its result."""
-
-    work: Encode | Generate | Score | Region | Steps[Any]
-    branch: Branch
-    stage: str = ""  # what the names of its stages begin with
-    live: Reply | Scoring | None = None
-    slot: CachedSequence | None = None
-    prompt: Extension | None = None  # what is left to prefill
-    result: Any = None
-    done: bool = False
 
 
 class Piece(NamedTuple):
@@ -57,110 +43,6 @@ class Piece(NamedTuple):
     job: Job
     extension: Extension
     rest: Extension | None = None
-
-
-@dataclass(eq=False)
-class Branch:
-    """A generator of a request: its protocol, or one that runs beside other work and is `parent`'s."""
-
-    steps: Steps[Any]
-    parent: Job | None = None
-    jobs: list[Job] = field(default_factory=list)  # of the step that was yielded last
-    state: str = "new"  # then "running", at last "ended"
-
-
-class Request:
-    """A question on its way through an `Engine`. When it is `done`, `result` is its answer or raises."""
-
-    def __init__(self, picture: Picture, priority: int, follow: Callable[[Event], object]) -> None:
-        self.picture = picture
-        self.name = ""  # the picture's
-        self.priority = priority
-        self.counters = Counters()
-        self.jobs: list[Job] = []  # that are not done, in order
-        self.features: dict[str, Array] = {}  # by name, (T, D) each: the images it has encoded
-        self.done = False
-        self._follow = follow
-        self._clock = StageClock()
-        self._stage = ""
-        self._replied = False
-        self._value: Any = None
-        self._error: BaseException | None = None
-
-    @property
-    def result(self) -> Any:
-        """What the protocol returned. Raises what it failed with, CancelledError if it was cancelled."""
-        assert self.done
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-    def enter(self, stage: str) -> None:
-        """The stage that its time is counted to from now on."""
-        if stage != self._stage:
-            self._stage = stage
-            self._clock.enter(stage)
-            self.emit(Stage(stage))
-
-    def emit(self, event: Event) -> None:
-        """Show `event` to whoever follows the request."""
-        self._follow(event)
-
-    def start(self, steps: Steps[Any]) -> None:
-        """Run a protocol up to its first work."""
-        self._root = Branch(steps)
-        self._advance(self._root)
-
-    def finish(self, job: Job, result: Any) -> None:
-        """A job is done: go on with the branch that waited for it, if for nothing else."""
-        self.jobs.remove(job)
-        self._replied |= isinstance(job.work, Generate)
-        job.result, job.done, branch = result, True, job.branch
-        self._advance(branch)
-        while branch.state == "ended" and branch.parent is not None:
-            branch = branch.parent.branch
-            self._advance(branch)
-
-    def fail(self, error: BaseException) -> None:
-        """End the request with `error`."""
-        self._error, self.done = error, True
-        self.jobs.clear()
-        with suppress(Exception):  # what a protocol does when it is closed is its own
-            self._root.steps.close()
-
-    def _advance(self, branch: Branch) -> None:
-        while branch.state != "ended" and all(job.done for job in branch.jobs):
-            results = [job.result for job in branch.jobs] if branch.state == "running" else None
-            branch.state = "running"
-            try:
-                work = branch.steps.send(results)  # type: ignore[arg-type]  # the first is None
-            except StopIteration as end:
-                self._end(branch, end.value)
-                return
-            branch.jobs = [Job(item, branch) for item in work]
-            for job in branch.jobs:
-                self._begin(job)
-
-    def _begin(self, job: Job) -> None:
-        match job.work:
-            case Region():
-                job.done = True
-                self.emit(job.work)
-            case Generator():
-                self._advance(Branch(job.work, job))
-            case _:
-                if isinstance(job.work, Generate) and self._replied:
-                    job.stage = f"{job.work.reply}_"
-                self.jobs.append(job)
-
-    def _end(self, branch: Branch, value: Any) -> None:
-        branch.state = "ended"
-        if branch.parent is not None:
-            branch.parent.result, branch.parent.done = value, True
-            return
-        if isinstance(value, FocusResult):
-            value = replace(value, counters=self.counters, times_ms=self._clock.stop())
-        self._value, self.done = value, True
 
 
 class Engine:
@@ -221,7 +103,9 @@ class Engine:
         return request
 
     def add(self, request: Request) -> None:
-        """Queue a request that was prepared."""
+        """Queue a request that was prepared; its protocol may have ended without any work."""
+        if request.done:
+            return
         request.enter("queue")
         self._queue.append(request)
         self._queue.sort(key=lambda queued: -queued.priority)  # stable: then in order of arrival

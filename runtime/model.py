@@ -91,12 +91,12 @@ class DualFocus:
         Pictures are read when their turn comes: a picture may also be a function that gives it. What a pair
         fails with is raised at its place, and the iterator can be read on.
         """
-        return Batch(self, asked, mode, self._slots)
+        return Batch(self, asked, self._protocol(mode), self._slots)
 
     def session(self, picture: PictureSource) -> Session:
         """For several questions about `picture`, which is hashed only once."""
         pixels = _kept(picture)
-        return Session(self, pixels, image_name(pixels, self.bundle.digest))
+        return Session(self._worker, self._protocol, pixels, image_name(pixels, self.bundle.digest))
 
     def submit(
         self,
@@ -132,37 +132,38 @@ class DualFocus:
 class Session:
     """Questions about one picture. Made by `DualFocus.session`."""
 
-    def __init__(self, model: DualFocus, picture: Picture, name: str) -> None:
-        self._model = model
+    def __init__(
+        self, worker: Worker, protocol: Callable[[Mode], Protocol], picture: Picture, name: str
+    ) -> None:
+        self._worker = worker
+        self._protocol = protocol
         self._picture = picture
         self._name = name
 
     def ask(self, question: str | Question, mode: Mode = "dual") -> FocusResult:
         """As `DualFocus.ask`."""
-        return _wait(self.submit(question, self._model._protocol(mode)))
+        return _wait(self.submit(question, self._protocol(mode)))
 
     def stream(self, question: str | Question, mode: Mode = "dual") -> Iterator[Event]:
         """As `DualFocus.stream`."""
-        return _stream(self.submit(question, self._model._protocol(mode)))
+        return _stream(self.submit(question, self._protocol(mode)))
 
     def submit(
         self, question: str | Question, protocol: Protocol | None = None, *, priority: int = 0
     ) -> Handle:
         """As `DualFocus.submit`."""
-        protocol = protocol or self._model._protocol("dual")
-        return self._model._worker.submit(
-            self._picture, question, protocol, name=self._name, priority=priority
-        )
+        protocol = protocol or self._protocol("dual")
+        return self._worker.submit(self._picture, question, protocol, name=self._name, priority=priority)
 
 
 class Batch:
     """Answers in order, as `DualFocus.ask_many` gives them. `done` counts those that were given."""
 
-    def __init__(self, model: DualFocus, asked: Iterable[Asked], mode: Mode, ahead: int) -> None:
+    def __init__(self, model: DualFocus, asked: Iterable[Asked], protocol: Protocol, ahead: int) -> None:
         self.done = 0
         self._model = model
         self._asked = iter(asked)
-        self._protocol = model._protocol(mode)
+        self._protocol = protocol
         self._ahead = ahead
         self._coming: deque[Handle | InputError] = deque()
 

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any
 
-from dualfocus.runtime.engine import Engine, Request
+from dualfocus.runtime.engine import Engine
 from dualfocus.runtime.errors import BusyError, EngineError
 from dualfocus.runtime.image import Picture
+from dualfocus.runtime.request import Request
 from dualfocus.runtime.result import Event
 from dualfocus.runtime.turns import Question
 from dualfocus.runtime.work import Protocol

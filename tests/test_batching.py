@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine import BOX, CHOICE, QUESTION, make, script, spelled
 
-from dualfocus.runtime import Bundle, Engine, QuestionError, Reference
-from dualfocus.runtime.engine import PADDING, Request, together
+from dualfocus.runtime import Bundle, Engine, QuestionError, Reference, Region
+from dualfocus.runtime.engine import PADDING, together
 from dualfocus.runtime.protocol import focus
+from dualfocus.runtime.request import Request
 from dualfocus.runtime.result import FocusResult, ReplyToken, Stage
 from dualfocus.runtime.work import Encode, Generate, Steps, Task
 
@@ -314,6 +315,20 @@ def test_a_protocol_of_ones_own():
     found = engine.run(engine.submit(PICTURES[0], QUESTION, protocol, follow=events.append))
     assert found == Reference(FAKE).run(PICTURES[0], QUESTION, protocol)
     assert {event.reply for event in events if isinstance(event, ReplyToken)} == {"whole", "corner"}
+
+
+def test_a_protocol_without_work_ends_at_once():
+    def protocol(task: Task) -> Steps[str]:
+        yield []
+        yield [Region(problem="nothing")]
+        return task.name
+
+    events: list[Any] = []
+    engine = Engine(FAKE)
+    request = engine.submit(PICTURES[0], QUESTION, protocol, follow=events.append)
+    assert engine.idle
+    assert engine.run(request) == request.name == Reference(FAKE).run(PICTURES[0], QUESTION, protocol)
+    assert events[-1] == Region(problem="nothing")
 
 
 # Counts

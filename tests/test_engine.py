@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from dualfocus.bench.savings import leaving_out
 from dualfocus.runtime import Bundle, DualFocus, Engine, Reference
-from dualfocus.runtime.engine import Request
 from dualfocus.runtime.errors import QuestionError
 from dualfocus.runtime.geometry import Region
 from dualfocus.runtime.manifest import DecoderSpec, ImageSpec, TokenSpec
 from dualfocus.runtime.protocol import focus
+from dualfocus.runtime.request import Request
 from dualfocus.runtime.result import Answer, Counters, FocusResult, Generation, ReplyToken, Stage
 from dualfocus.runtime.selection import loss
 from dualfocus.runtime.sequence import common_prefix

@@ -20,7 +20,7 @@ from dualfocus.export import decoder, export_bundle, quantize, random_weights
 from dualfocus.export.graph import DataFile, joined
 from dualfocus.export.rotate import Rotation
 from dualfocus.export.verify import TorchDecoder
-from dualfocus.runtime import Bundle, DualFocus, Reference
+from dualfocus.runtime import Bundle, DualFocus, Engine, Reference
 from dualfocus.runtime.bundle import BUILT_IN
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.devices import CPU
@@ -28,6 +28,8 @@ from dualfocus.runtime.engines import Floats
 from dualfocus.runtime.image import view, whole
 from dualfocus.runtime.manifest import Precision
 from dualfocus.runtime.onnx import OnnxDecoder, Place, Threads, save_packed
+from dualfocus.runtime.protocol import focus
+from dualfocus.runtime.request import Request
 from dualfocus.runtime.result import FocusResult
 from dualfocus.runtime.sequence import embed
 from dualfocus.runtime.turns import Turns
@@ -368,3 +370,39 @@ def test_blocks_are_stored_as_they_are_read(bits: Literal[4, 8], most: float) ->
     stored = sum(array.nbytes for array in (quantize._packed(integers, bits), scales))
     stored += quantize._packed(zeros, bits).nbytes
     assert form.nbytes(*weight.shape) == pytest.approx(stored, rel=0.02)
+
+
+@pytest.mark.parametrize("chosen", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("questions", [30, pytest.param(1000, marks=pytest.mark.slow)])
+def test_an_answer_does_not_depend_on_load(
+    chosen: Precision, questions: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Replies alone, eight at a time in two orders, and with arrivals, chunks and slots at random."""
+    export_bundle(CHECKPOINT, tmp_path / "b", precision=chosen, progress=lambda _: None)
+    bundle = Bundle.open(tmp_path / "b")
+    draw = cache(lambda seed: np.asarray(scenes.draw(scenes.layout(seed))))
+    pairs = [(draw(scene.seed), dialogue.question) for scene, dialogue in held_out(questions)]
+    engine = Engine(bundle, cache_mb=0)
+    alone = [replies(engine.run(engine.submit(*pair, focus))) for pair in pairs]
+    other: dict[str, int] = {}
+    for seed in (1, 2):
+        order = np.random.default_rng(seed).permutation(len(pairs))
+        together = DualFocus(bundle, slots=16).ask_many(pairs[i] for i in order)
+        differ = [replies(result) != alone[i] for i, result in zip(order, together, strict=True)]
+        other[f"eight at a time, order {seed}"] = sum(differ)
+    rng = np.random.default_rng(3)
+    engine = Engine(bundle, slots=12, chunk=48)
+    waiting = rng.permutation(len(pairs)).tolist()
+    requests: dict[int, Request] = {}
+    while waiting or not engine.idle:
+        for _ in range(min(rng.poisson(0.4), len(waiting))):
+            at = waiting.pop()
+            requests[at] = engine.submit(*pairs[at], focus, priority=int(rng.integers(3)))
+        engine.step()
+    other["arriving at random"] = sum(
+        replies(request.result) != alone[at] for at, request in requests.items()
+    )
+    with capsys.disabled():
+        print(f"\n{chosen}, {questions} questions with another reply: {other}")
+    assert len(requests) == questions
+    assert set(other.values()) == {0}

@@ -46,10 +46,9 @@ def focus(
         (macro,) = yield [read]
     answer = Answer.of(macro, turns.question) if macro else None
     closer = Answer.of(micro, turns.question, micro_answer) if micro else None
-    if answer and closer:
-        answer, closer = yield from score(
-            turns, name, found, (answer, closer), select or task.manifest.select
-        )
+    if answer and closer and (texts := candidates((answer, closer), turns.question.options)):
+        losses = yield from score(turns, name, found, texts, select or task.manifest.select)
+        answer, closer = replace(answer, loss=losses[0]), replace(closer, loss=losses[1])
     return FocusResult.conclude(answer, found.located, found.region, closer, skipped=skipped)
 
 
@@ -89,18 +88,12 @@ def find(
 
 
 def score(
-    turns: Turns, name: str, found: Found, answers: Sequence[Answer], rule: SelectRule
-) -> Steps[list[Answer]]:
-    """The answers with their losses, all in the context of `found`; without, where that is no choice."""
-    texts = candidates(answers, turns.question.options)
+    turns: Turns, name: str, found: Found, texts: Sequence[str], rule: SelectRule
+) -> Steps[list[float | None]]:
+    """The losses of candidate answers in the context of `found`; None where they do not fit in."""
     try:
         prompts = [turns.select(name, found.crop, found.reply, text) for text in texts]
-    except QuestionError:  # no room to score what was generated: the first answer stands
-        prompts = []
-    if not prompts:
-        return list(answers)
+    except QuestionError:
+        return [None] * len(texts)
     scored = yield [Score(prompt) for prompt in prompts]
-    return [
-        replace(answer, loss=loss(earlier, last, rule))
-        for answer, (earlier, last) in zip(answers, scored, strict=True)
-    ]
+    return [loss(earlier, last, rule) for earlier, last in scored]

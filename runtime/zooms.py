@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dualfocus.runtime.errors import QuestionError
 from dualfocus.runtime.image import whole
 from dualfocus.runtime.manifest import SelectRule
 from dualfocus.runtime.protocol import Found, find, score
 from dualfocus.runtime.result import Answer, FocusResult
-from dualfocus.runtime.turns import micro_answer
+from dualfocus.runtime.selection import candidates
+from dualfocus.runtime.turns import Turns, micro_answer
 from dualfocus.runtime.work import Encode, Generate, Steps, Task
 
-LARGER = 1.5  # a crop whose longer side is so many times the model's input is looked into again
+LARGER = 2.0  # a crop whose longer side is so many times the model's input is looked into again
 
 
 def zooms(
@@ -18,20 +21,21 @@ def zooms(
 ) -> Steps[FocusResult]:
     """Zoom up to `most` times, answer behind each zoom, and keep the answer of the lowest loss.
 
-    All answers are scored behind the last zoom. The result's region and micro answer are those of the zoom
-    whose answer is best. Raises QuestionError as `protocol.focus` does.
+    Of one zoom, this is `protocol.focus`. Of several, each answer is scored behind the zoom that gave it, the
+    macro answer behind the first, by the tokens of the answer alone: behind the last zoom, its own greedy
+    answer nearly always wins. The result's region is that of the best micro answer. Raises QuestionError.
     """
     turns, name, area = task.turns, task.name, whole(task.picture)
     turns.check_length(macro_only=False)
     yield [Encode(name, area)]
     look = find(task, turns, name, area, free_box=free_box)
     macro, found = yield [Generate("macro", turns.macro(name)), look]
-    answer, draft = Answer.of(macro, turns.question), macro.tokens
-    looks: list[tuple[Found, Answer]] = []
+    answers, draft = [Answer.of(macro, turns.question)], macro.tokens
+    looks: list[tuple[Turns, str, Found]] = []
     while found.prompt is not None:
         (micro,) = yield [Generate("micro", found.prompt, draft=draft)]
-        looks.append((found, Answer.of(micro, turns.question, micro_answer)))
-        context = turns, name, found
+        answers.append(Answer.of(micro, turns.question, micro_answer))
+        looks.append((turns, name, found))
         area, draft = found.region.crop, micro.tokens
         larger = max(area[2] - area[0], area[3] - area[1]) / task.manifest.image.size
         if len(looks) == most or larger < LARGER:
@@ -42,13 +46,16 @@ def zooms(
         except QuestionError:  # the context is full
             break
     if not looks:
-        return FocusResult.conclude(answer, found.located, found.region, None)
+        return FocusResult.conclude(answers[0], found.located, found.region, None)
 
-    answers = [answer, *(micro for _, micro in looks)]
-    named = [of for of in answers if of.letter] or answers  # of options, if any is named
-    scored = yield from score(*context, named, select or task.manifest.select)
-    losses = {id(of): with_loss for of, with_loss in zip(named, scored, strict=True)}
-    answer, *closer = (losses.get(id(of), of) for of in answers)
-    best = min(range(len(closer)), key=lambda at: (closer[at].letter is None, closer[at].loss or 0))
-    found = looks[best][0]
-    return FocusResult.conclude(answer, found.located, found.region, closer[best])
+    named = [at for at, answer in enumerate(answers) if answer.letter] or list(range(len(answers)))
+    texts = candidates([answers[at] for at in named], task.turns.question.options)
+    rule = (select or task.manifest.select) if len(looks) == 1 else "answer"
+    pairs = list(zip(named, texts, strict=True)) if texts else []
+    losses = yield [score(*looks[max(at - 1, 0)], [text], rule) for at, text in pairs]
+    if [None] not in losses:
+        for (at, _), (loss,) in zip(pairs, losses, strict=True):
+            answers[at] = replace(answers[at], loss=loss)
+    best = min(range(len(looks)), key=lambda at: (answers[at + 1].letter is None, answers[at + 1].loss or 0))
+    found = looks[best][2]
+    return FocusResult.conclude(answers[0], found.located, found.region, answers[best + 1])

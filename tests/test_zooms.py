@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import fakes
 import numpy as np
 import pytest
 from equality import Pair, same
+from PIL import Image
 from test_engine import BOX, CHOICE, QUESTION, spelled
 from typer.testing import CliRunner
 
@@ -126,16 +129,25 @@ def test_where_the_context_is_full_no_further_look_is_taken():
     assert {scored for _, scored in found} == {True, False}
 
 
-def test_zooms_on_the_command_line():
-    picture, question = ROOT / "examples" / "scene.png", (ROOT / "examples" / "scene.txt").read_text().strip()
-    asked = CliRunner().invoke(app, ["ask", str(picture), question, "--zooms", "2", "--json"])
-    assert asked.exit_code == 0, asked.stderr
-    plain = CliRunner().invoke(app, ["ask", str(picture), question, "--zooms", "2", "--plain", "--json"])
-    assert plain.exit_code == 0, plain.stderr
-    for line in ('"vision_encodes": 3', '"answer"'):
-        assert line in asked.stdout
+def test_zooms_on_the_command_line(tmp_path):
+    """Of a picture whose first crop is more than twice what the model sees."""
+    with Image.open(ROOT / "examples" / "scene.png") as scene:
+        scene.resize([3 * side for side in scene.size]).save(tmp_path / "large.png")
+    question = (ROOT / "examples" / "scene.txt").read_text().strip()
+
+    def ask(*options: str) -> dict[str, Any]:
+        done = CliRunner().invoke(app, ["ask", str(tmp_path / "large.png"), question, "--json", *options])
+        assert done.exit_code == 0, done.stderr
+        return json.loads(done.stdout)
+
+    one, two, plain = ask(), ask("--zooms", "2"), ask("--zooms", "2", "--plain")
+    assert [of["counters"]["vision_encodes"] for of in (one, two)] == [2, 3]
+    for name in ("answer", "chosen", "box", "crop"):
+        assert two[name] == plain[name]
     for option in (["--mode", "macro"], ["--mode", "micro"], ["--skip-above", "0.5"]):
-        refused = CliRunner().invoke(app, ["ask", str(picture), question, "--zooms", "2", *option])
+        refused = CliRunner().invoke(
+            app, ["ask", str(tmp_path / "large.png"), question, "--zooms", "2", *option]
+        )
         assert refused.exit_code == 2
         assert option[0] in refused.stderr
 

@@ -209,7 +209,7 @@ def test_readable_output_of_several_questions_names_them(photo, bundle):
 
 
 def test_readable_output_obeys_no_control_codes(photo, bundle, monkeypatch):
-    monkeypatch.setattr("dualfocus.runtime.engine.micro_answer", lambda _: "a\x1b[2J\x07b\nc")
+    monkeypatch.setattr("dualfocus.runtime.protocol.micro_answer", lambda _: "a\x1b[2J\x07b\nc")
     output = ask(photo, "What?", "--mode", "micro", bundle=bundle).stdout
     assert output.splitlines()[0] == "a\ufffd[2J\ufffdb c"
 

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from dualfocus.runtime.manifest import DecoderSpec
 
 IN_FLIGHT = (1, 2, 4, 8, 16)
-QUESTIONS = 32  # asked a round
-WANTED = {False: 1.3, True: 1.1}  # of eight in flight: trained weights (nano), and random ones (edge)
+QUESTIONS = {False: 32, True: 16}  # asked a round: of trained weights (nano), and of random ones (edge)
+WANTED = {False: 1.3, True: 1.1}  # of eight in flight, likewise
 
 
 class CountingDecoder:
@@ -158,9 +158,10 @@ def run(
 
 
 def questions(bundle: Bundle) -> list[savings.Asked]:
-    """The first held-out question about each of `QUESTIONS` scenes; of random weights, one with a script."""
-    by_scene = itertools.groupby(held_out(16 * QUESTIONS), key=lambda question: question[0].seed)
-    firsts = [next(group) for _, group in itertools.islice(by_scene, QUESTIONS)]
+    """The first held-out question about each of some scenes; of random weights, one with a script."""
+    many = QUESTIONS[savings.is_random(bundle)]
+    by_scene = itertools.groupby(held_out(16 * many), key=lambda question: question[0].seed)
+    firsts = [next(group) for _, group in itertools.islice(by_scene, many)]
     pictures = [np.asarray(scenes.draw(scene)) for scene, _ in firsts]
     texts = [dialogue.question for _, dialogue in firsts]
     script: Mapping[int, int] = {}

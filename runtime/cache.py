@@ -17,6 +17,7 @@ import numpy.typing as npt
 from dualfocus.runtime.manifest import DecoderSpec
 
 Entries = npt.NDArray[np.float32 | np.float16]
+WORTH_FREEING = 8_000_000  # bytes of a row
 
 
 class KVCache:
@@ -62,13 +63,13 @@ class KVCache:
         self.lengths[target] = length
 
     def clear(self, row: int) -> None:
-        """Empty row `row`, and give the host's memory of it back to the system."""
-        self.lengths[row] = 0
+        """Empty row `row`. The host's memory goes back to the system, where that is worth the page faults."""
         size = self.nbytes // (len(self.lengths) * 2 * len(self.keys))
         first, last = -(-row * size // mmap.PAGESIZE), (row + 1) * size // mmap.PAGESIZE
-        if first < last:
+        if first < last and self.lengths[row] * self.token_nbytes >= WORTH_FREEING:
             for pages in self._pages:
                 pages.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
+        self.lengths[row] = 0
 
     def _reserve(self, shape: tuple[int, ...], dtype: str) -> Entries:
         """Zeros that take memory page by page as they are written to.

@@ -14,9 +14,10 @@ A request's life:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 from dualfocus.runtime.bundle import Bundle
@@ -24,13 +25,13 @@ from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.engines import Array
 from dualfocus.runtime.generation import Reply, Scoring
 from dualfocus.runtime.geometry import Crop
-from dualfocus.runtime.image import Picture
+from dualfocus.runtime.image import Picture, whole
 from dualfocus.runtime.prefix_cache import PrefixCache, image_name
 from dualfocus.runtime.request import Job, Request
-from dualfocus.runtime.result import Event
+from dualfocus.runtime.result import Event, Stage, StageClock
 from dualfocus.runtime.sequence import Extension, extend
 from dualfocus.runtime.turns import Question, Turns
-from dualfocus.runtime.work import Encode, Generate, Protocol, Score, Task
+from dualfocus.runtime.work import Encode, Generate, Protocol, Score, Task, crop_name
 
 CHUNK = 512  # tokens
 PADDING = 4  # positions that a call may waste on prompts of other lengths; for more, another call costs less
@@ -56,8 +57,8 @@ class Engine:
         once. Of that, and of images, at most `cache_mb` million bytes outlive their requests. Logits of live
         replies take up to ``(max_new_tokens + 1) x vocabulary x 4`` bytes each.
 
-        While replies are decoded, a step prefills at most `chunk` tokens. Chunks end at multiples of `chunk`
-        in a prompt, whatever else is live.
+        Once a live request has begun to answer, a step prefills at most `chunk` tokens. Chunks end at
+        multiples of `chunk` in a prompt, whatever else is live.
         """
         assert slots >= 1, f"slots is {slots}"
         assert chunk >= 1, f"chunk is {chunk}"
@@ -73,6 +74,8 @@ class Engine:
         # a GPU encodes while it decodes; a processor's cores are all at work
         self._aside = None if bundle.device.kind == "cpu" else ThreadPoolExecutor(1)
         self._encoding: dict[str, Future[dict[str, Array | Exception]]] = {}  # by name
+        self._stale = False  # something was interrupted: slots may be between two states
+        self._stepping = False
 
     @property
     def idle(self) -> bool:
@@ -91,15 +94,17 @@ class Engine:
     ) -> Request:
         """A request to ask `question` about `picture`, (H, W, 3) uint8 RGB, which nobody may change.
 
-        `name` is the picture's `image_name`, if it is known. `follow` is called with each event. Raises
-        QuestionError, and whatever else the protocol raises before its first work. Any thread may call this.
+        `name` is the picture's `image_name`, if it is known. `follow` is called with each event, by the
+        thread that steps the engine. Raises QuestionError, and whatever else the protocol raises before its
+        first work. Any thread may call this.
         """
-        bundle = self._bundle
-        request = Request(picture, priority, follow)
-        request.enter("hash")
-        request.name = name or image_name(picture, bundle.digest)
+        bundle, clock = self._bundle, StageClock()
+        clock.enter("hash")
+        follow(Stage("hash"))
+        name = name or image_name(picture, bundle.digest)
+        request = Request(picture, name, priority, clock, follow)
         turns = Turns(bundle.manifest, bundle.tokenizer, question)
-        request.start(protocol(Task(bundle.manifest, turns, bundle.grammar, picture, request.name)))
+        request.start(protocol(Task(bundle.manifest, turns, bundle.grammar, picture, name)))
         return request
 
     def add(self, request: Request) -> None:
@@ -120,11 +125,11 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """End a request with CancelledError, in whatever stage it is; it may be done already."""
-        if request in self._queue:
-            self._queue.remove(request)
-            request.fail(CancelledError())
-        elif request in self._live:
-            self._fail(request, CancelledError())
+        with self._all_or_none():
+            if request in self._queue:
+                self._queue.remove(request)
+            if not request.done:
+                self._fail(request, CancelledError())
 
     def run(self, request: Request) -> Any:
         """Step until a request is done. Returns or raises its result."""
@@ -139,20 +144,40 @@ class Engine:
         What a request fails with is its own. What else is raised, as by Ctrl-C, ends all requests, and the
         engine holds nothing afterwards.
         """
-        try:
+        self._stepping = False  # also if the last one was interrupted as it ended
+        with self._all_or_none():
             self._bundle.device.use()
             while self._queue and len(self._live) < self._most_live:
                 self._live.append(self._queue.pop(0))
             worked = [self._encode(), self._prefill(), self._decode()]
             if self._encoding and not any(worked):
                 wait(self._encoding.values(), return_when=FIRST_COMPLETED)
+
+    @contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        """Run to the end, or end all requests and hold nothing; if that is interrupted too, the next time."""
+        if self._stepping:  # whoever follows a request cancels one
+            yield
+            return
+        if self._stale:
+            self._abandon(CancelledError())
+        self._stepping = self._stale = True
+        try:
+            yield
         except BaseException as error:
-            ended, self._queue, self._live = [*self._queue, *self._live], [], []
-            for request in ended:
-                request.fail(error)
-            self._encoding.clear()
-            self.prefixes.clear()
+            self._abandon(error)
             raise
+        finally:
+            self._stepping = False
+        self._stale = False
+
+    def _abandon(self, error: BaseException) -> None:
+        self.prefixes.clear()
+        self._encoding.clear()
+        for request in [*self._queue, *self._live]:
+            request.fail(error)
+        self._queue, self._live = [], []
+        self._stale = False
 
     def _jobs(self, *kinds: type) -> Iterator[tuple[Request, Job]]:
         """Jobs of live requests whose work is of `kinds`. What is yielded may end or fail meanwhile."""
@@ -170,20 +195,21 @@ class Engine:
         new: dict[str, tuple[Request, Crop]] = {}
         for request, job in self._jobs(Encode):
             assert isinstance(job.work, Encode)
-            name = job.work.name
+            name = crop_name(request.name, job.work.crop)
             if name not in fresh and name not in self._encoding and self.prefixes.image(name) is None:
                 new.setdefault(name, (request, job.work.crop))
         if new and self._aside is not None:
-            future = self._aside.submit(self._encode_aside, new)
-            self._encoding |= dict.fromkeys(new, future)
+            # of a request that decodes meanwhile, that is the stage
+            self._enter_stage("encode", [of for of in new.values() if not of[0].jobs[1:]])
+            self._encoding |= dict.fromkeys(new, self._aside.submit(self._encode_aside, new))
         elif new:
-            fresh |= self._encode_images(new)
+            fresh |= self._encode_images(new, partial(self._enter_stage, images=new.values()))
         for name, features in fresh.items():
             if not isinstance(features, Exception):
                 self.prefixes.keep_image(name, features)
         for request, job in self._jobs(Encode):
             assert isinstance(job.work, Encode)
-            name = job.work.name
+            name = crop_name(request.name, job.work.crop)
             features = fresh[name] if name in fresh else self.prefixes.image(name)
             if isinstance(features, Exception):
                 self._fail(request, features)
@@ -192,19 +218,23 @@ class Engine:
                 self._finish(request, job, None)
         return bool(fresh)
 
+    def _enter_stage(self, stage: str, images: Iterable[tuple[Request, Crop]]) -> None:
+        for request, crop in images:
+            with self._blame(request):
+                request.enter(f"{stage}_{'whole' if crop == whole(request.picture) else 'crop'}")
+
     def _encode_aside(self, images: Mapping[str, tuple[Request, Crop]]) -> dict[str, Array | Exception]:
-        with self._bundle.alone:
-            self._bundle.device.use()
-            return self._encode_images(images)
+        try:
+            with self._bundle.alone:
+                self._bundle.device.use()
+                return self._encode_images(images)
+        except Exception as error:
+            return dict.fromkeys(images, error)
 
-    def _encode_images(self, images: Mapping[str, tuple[Request, Crop]]) -> dict[str, Array | Exception]:
+    def _encode_images(
+        self, images: Mapping[str, tuple[Request, Crop]], enter: Callable[[str], object] = lambda _: None
+    ) -> dict[str, Array | Exception]:
         """The (T, D) tokens of images by name, encoded together; or, of each, why it cannot be encoded."""
-
-        def enter(stage: str) -> None:
-            for name, (request, _) in images.items():
-                if self._aside is None or all(isinstance(job.work, Encode) for job in request.jobs):
-                    request.enter(f"{stage}_whole" if name == request.name else f"{stage}_crop")
-
         try:
             enter("view")
             pixels = self._bundle.view([(request.picture, crop) for request, crop in images.values()])
@@ -221,9 +251,8 @@ class Engine:
         return {name: features.copy() for name, features in zip(images, encoded, strict=True)}
 
     def _prefill(self) -> bool:
-        """Prefill all prompts that wait; or one chunk, if there are replies to decode meanwhile."""
-        decoding = any(job.slot and not job.prompt for _, job in self._jobs(Generate))
-        left: float = self._chunk if decoding else math.inf
+        """Prefill all prompts that wait; or one chunk, if a request is answering already."""
+        left: float = self._chunk if any(request.answering for request in self._live) else math.inf
         worked = False
         while pieces := self._next_pieces(left):
             for group in together([len(piece.extension.tokens) for piece in pieces], self._chunk):
@@ -256,6 +285,8 @@ class Engine:
         with self._blame(request):
             if isinstance(work, Score) and job.live is None:
                 request.enter("select")
+                if request.done:
+                    return
                 job.live = Scoring(work, request.counters, self.prefixes.slots)
                 if job.live.done:
                     self._finish(request, job, job.live.result)
@@ -267,6 +298,8 @@ class Engine:
             if isinstance(work, Generate):
                 request.enter(f"{job.stage}prefill")
                 job.live = Reply(work, self._bundle.manifest, self._bundle.tokenizer, request.counters)
+            if request.done:  # whoever follows it has cancelled it
+                return
             assert job.live is not None
             prompt = job.live.start(job.slot)
             if prompt.tokens:
@@ -279,13 +312,15 @@ class Engine:
         batch: list[Piece] = []
         for request, job in self._jobs(Generate):
             if isinstance(job.live, Reply) and job.prompt is None:
-                batch.append(Piece(request, job, job.live.advance()))
+                with self._blame(request):
+                    batch.append(Piece(request, job, job.live.advance()))
         requests = [piece.request for piece in batch]
         for request in dict.fromkeys(requests):
             request.counters.decode_steps += 1
             request.counters.decode_rows += requests.count(request)
             if all(job.prompt is None for job in request.jobs):
-                request.enter(f"{request.jobs[-1].stage}decode")
+                with self._blame(request):
+                    request.enter(f"{request.jobs[-1].stage}decode")
         self._extend(batch)
         for piece in batch:
             self._computed(piece.request, piece.job)
@@ -312,18 +347,15 @@ class Engine:
 
     def _computed(self, request: Request, job: Job) -> None:
         """A job has the logits that it waited for."""
-        if request.done:
-            return
+        live, slot = job.live, job.slot
         with self._blame(request):
-            live, slot = job.live, job.slot
-            assert live is not None
-            assert slot is not None
-            if isinstance(live, Reply):
+            if isinstance(live, Reply) and not request.done:
                 for token in live.choose():
-                    request.emit(token)
-            else:
-                live.recall(slot)
-            if live.done:
+                    if not request.done:
+                        request.emit(token)
+            elif isinstance(live, Scoring) and slot is not None:
+                live.complete(slot)
+            if not request.done and live is not None and live.done and slot is not None:
                 result = live.result
                 self.prefixes.release(slot)
                 job.slot = None
@@ -332,7 +364,7 @@ class Engine:
     def _finish(self, request: Request, job: Job, result: Any) -> None:
         with self._blame(request):
             request.finish(job, result)
-        if request.done and request in self._live:
+        if request.done:
             self._leave(request)
 
     @contextmanager
@@ -344,15 +376,16 @@ class Engine:
             self._fail(request, error)
 
     def _fail(self, request: Request, error: BaseException) -> None:
-        for job in request.jobs:
-            if job.slot is not None:
-                self.prefixes.release(job.slot)
+        slots = [job.slot for job in request.jobs if job.slot is not None]
         request.fail(error)
+        for slot in slots:
+            self.prefixes.release(slot)
         self._leave(request)
 
     def _leave(self, request: Request) -> None:
-        self._live.remove(request)
-        self.prefixes.end(request)
+        if request in self._live:
+            self._live.remove(request)
+            self.prefixes.end(request)
 
 
 def together(lengths: Sequence[int], most: int) -> list[list[int]]:

@@ -123,7 +123,7 @@ class Reply:
 
 
 class Scoring:
-    """The replies of a prompt on their way to be scored."""
+    """The replies of a prompt on their way to be scored: `start` in a slot, then `complete`."""
 
     def __init__(self, work: Score, counters: Counters, known: Sequence[CachedSequence]) -> None:
         """Whatever one of the `known` sequences has computed of the prompt is not computed again."""
@@ -133,17 +133,8 @@ class Scoring:
         self._scored = [at for reply in work.prompt.replies for at in reply]
         self._logprobs = [UNKNOWN] * len(self._scored)
         for sequence in known:
-            self.recall(sequence)
-
-    @property
-    def _unknown(self) -> list[int]:
-        pairs = zip(self._scored, self._logprobs, strict=True)
-        return [at for at, logprob in pairs if math.isnan(logprob)]
-
-    @property
-    def done(self) -> bool:
-        """Every token's log-probability is known."""
-        return not self._unknown
+            self._recall(sequence)
+        self.done = not self._unknown
 
     @property
     def result(self) -> tuple[list[float], list[float]]:
@@ -152,16 +143,27 @@ class Scoring:
         return self._logprobs[:earlier], self._logprobs[earlier:]
 
     def start(self, sequence: CachedSequence) -> Extension:
-        """Prefill the prompt but for its last token, with logits for what is unknown."""
-        end = self._unknown[-1]
-        tokens = self._prompt.tokens[:end]
-        extension = Extension.to(sequence, tokens, [at - 1 for at in self._unknown])
+        """Prefill the prompt up to the last unknown token, with logits for all that is unknown."""
+        self._recall(sequence)  # another prompt may have computed more since
+        unknown = self._unknown
+        if not unknown:
+            return Extension(sequence, [], [])
+        extension = Extension.to(sequence, self._prompt.tokens[: unknown[-1]], [at - 1 for at in unknown])
         self._counters.tokens_prefilled += len(extension.tokens)
         self._counters.tokens_reused -= len(extension.tokens)
         return extension
 
-    def recall(self, sequence: CachedSequence) -> None:
-        """Take what `sequence` knows."""
+    def complete(self, sequence: CachedSequence) -> None:
+        """All is computed: what is not a number now, the model gave so."""
+        self._recall(sequence)
+        self.done = True
+
+    @property
+    def _unknown(self) -> list[int]:
+        pairs = zip(self._scored, self._logprobs, strict=True)
+        return [at for at, logprob in pairs if math.isnan(logprob)]
+
+    def _recall(self, sequence: CachedSequence) -> None:
         found = sequence.recall(self._prompt.tokens, self._scored)
         pairs = zip(self._logprobs, found, strict=True)
         self._logprobs = [new if math.isnan(old) else old for old, new in pairs]

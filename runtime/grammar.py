@@ -71,10 +71,26 @@ class _Node:
 
     numbers: list[int] = field(default_factory=list)  # spelled below, ascending
     next: dict[int, _Node] = field(default_factory=dict)
+    _allowed: dict[int, Tokens] = field(default_factory=dict)  # what was asked once, by `least`
+    _likely: dict[int, int | None] = field(default_factory=dict)
 
     def count(self, least: int) -> int:
         """How many of the numbers below are at least `least`."""
         return len(self.numbers) - (bisect_left(self.numbers, least) if self.numbers[0] < least else 0)
+
+    def allowed(self, least: int) -> Tokens:
+        """The tokens that a number of at least `least` may go on with."""
+        if least not in self._allowed:
+            self._allowed[least] = tuple(token for token, node in self.next.items() if node.count(least))
+        return self._allowed[least]
+
+    def likely(self, least: int) -> int | None:
+        """The token that `LIKELY` of those numbers go on with, if there is one."""
+        if least not in self._likely:
+            enough = LIKELY * self.count(least)
+            found = (token for token, node in self.next.items() if node.count(least) >= enough)
+            self._likely[least] = next(found, None)
+        return self._likely[least]
 
 
 class BoxGrammar:
@@ -151,15 +167,12 @@ class BoxCursor:
         return self._numbers[-2] if len(self._numbers) in (2, 3) else 0
 
     def _find_allowed(self) -> Tokens:
-        least = self._least
-        return tuple(token for token, node in self._node.next.items() if node.count(least))
+        return self._node.allowed(self._least)
 
     @property
     def _likely(self) -> int | None:
         """The next token, where `LIKELY` of the numbers still possible begin with it."""
-        wanted = LIKELY * self._node.count(self._least)
-        children = self._node.next.items()
-        return next((token for token, node in children if node.count(self._least) >= wanted), None)
+        return self._node.likely(self._least)
 
 
 class _NoGrammarError(Exception):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
+
 from dualfocus.runtime.bundle import BUILT_IN, Bundle
 from dualfocus.runtime.engine import CHUNK, Engine
-from dualfocus.runtime.errors import InputError
+from dualfocus.runtime.errors import BusyError, InputError
 from dualfocus.runtime.image import Picture, PictureSource, open_picture
 from dualfocus.runtime.manifest import SelectRule
 from dualfocus.runtime.prefix_cache import image_name
@@ -48,14 +51,14 @@ class DualFocus:
         """`device` and `threads` open a bundle that is a path (`Bundle.open`, which says what it raises).
 
         `select`, `free_box` and `skip_above` are `protocol.focus`'s. `slots` rows of KV cache answer half as
-        many questions at once; None takes `ON_CPU` or `ON_GPU`. `cache_mb` and `chunk` are `Engine`'s. At
-        most `queue` questions may be on their way.
+        many questions at once; None takes `ON_CPU`, or `ON_GPU`, where questions then run one by one.
+        `cache_mb` and `chunk` are `Engine`'s. At most `queue` questions may be on their way.
         """
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle, device=device, threads=threads)
         self.bundle = bundle
         self._focus = partial(focus, select=select, free_box=free_box, skip_above=skip_above)
-        self._slots = slots or (ON_CPU if bundle.device.kind == "cpu" else ON_GPU)
+        self._slots = slots if slots is not None else ON_CPU if bundle.device.kind == "cpu" else ON_GPU
         engine = Engine(bundle, slots=self._slots, cache_mb=cache_mb, chunk=chunk)
         self._worker = Worker(engine, queue)
 
@@ -74,16 +77,14 @@ class DualFocus:
         the model's reply to the locate turn. Raises PictureError, and QuestionError for a question that is
         empty or too long, before anything is computed.
         """
-        return _wait(self._worker.submit(open_picture(picture), question, self._protocol(mode, box_reply)))
+        return _wait(self._worker.submit(_kept(picture), question, self._protocol(mode, box_reply)))
 
-    def stream(
-        self, picture: PictureSource, question: str | Question, mode: Mode = "dual"
-    ) -> Iterator[Event]:
+    def stream(self, picture: PictureSource, question: str | Question, mode: Mode = "dual") -> Stream:
         """What `ask` does, as it happens: stages, the replies' tokens, the region, at last the result.
 
         A stream that is closed before its end cancels the question.
         """
-        return _stream(self._worker.submit(_kept(picture), question, self._protocol(mode)))
+        return Stream(self._worker.submit(_kept(picture), question, self._protocol(mode)))
 
     def ask_many(self, asked: Iterable[Asked], mode: Mode = "dual") -> Batch:
         """Answer (picture, question) pairs side by side: an iterator over `ask`'s answers, in order.
@@ -144,9 +145,9 @@ class Session:
         """As `DualFocus.ask`."""
         return _wait(self.submit(question, self._protocol(mode)))
 
-    def stream(self, question: str | Question, mode: Mode = "dual") -> Iterator[Event]:
+    def stream(self, question: str | Question, mode: Mode = "dual") -> Stream:
         """As `DualFocus.stream`."""
-        return _stream(self.submit(question, self._protocol(mode)))
+        return Stream(self.submit(question, self._protocol(mode)))
 
     def submit(
         self, question: str | Question, protocol: Protocol | None = None, *, priority: int = 0
@@ -156,16 +157,43 @@ class Session:
         return self._worker.submit(self._picture, question, protocol, name=self._name, priority=priority)
 
 
+class Stream:
+    """A question's events as they come; the last is its result. Closing or dropping it cancels that."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+        self._events = iter(handle)
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Event:
+        event: Event = next(self._events)
+        return event
+
+    def close(self) -> None:
+        """Cancel the question, if it is not answered."""
+        self._handle.cancel()
+
+    def __del__(self) -> None:
+        with suppress(InputError):  # a fork drops what is its parent's
+            self.close()
+
+
 class Batch:
-    """Answers in order, as `DualFocus.ask_many` gives them. `done` counts those that were given."""
+    """Answers in order, as `DualFocus.ask_many` gives them. `given` counts them, failures too.
+
+    Closing or dropping it cancels what is on its way.
+    """
 
     def __init__(self, model: DualFocus, asked: Iterable[Asked], protocol: Protocol, ahead: int) -> None:
-        self.done = 0
+        self.given = 0
         self._model = model
         self._asked = iter(asked)
         self._protocol = protocol
         self._ahead = ahead
-        self._coming: deque[Handle | InputError] = deque()
+        self._next: list[Asked] = []  # one that was taken and not submitted yet
+        self._coming: deque[Handle | Exception] = deque()
 
     def __iter__(self) -> Batch:
         return self
@@ -175,26 +203,44 @@ class Batch:
         if not self._coming:
             raise StopIteration
         first = self._coming.popleft()
-        self.done += 1
-        if isinstance(first, InputError):
+        self.given += 1
+        if isinstance(first, Exception):
             raise first
         return _wait(first)
 
+    def close(self) -> None:
+        """Cancel what is on its way."""
+        for handle in self._coming:
+            if isinstance(handle, Handle):
+                handle.cancel()
+
+    def __del__(self) -> None:
+        with suppress(InputError):  # a fork drops what is its parent's
+            self.close()
+
     def _submit(self) -> None:
-        """Keep enough on the way that the engine never waits."""
-        while len(self._coming) < self._ahead and (pair := next(self._asked, None)) is not None:
+        """Keep enough on the way that the engine never waits, and as much as the queue takes."""
+        while len(self._coming) < self._ahead:
+            self._next = self._next or [pair for pair in [next(self._asked, None)] if pair is not None]
+            if not self._next:
+                return
+            picture, question = self._next[0]
             try:
-                picture, question = pair
                 pixels = picture() if callable(picture) else picture
                 self._coming.append(self._model.submit(pixels, question, self._protocol))
-            except InputError as error:
+            except BusyError as error:
+                if self._coming:
+                    return
                 self._coming.append(error)
+            except Exception as error:
+                self._coming.append(error)
+            self._next.clear()
 
 
 def _kept(source: PictureSource) -> Picture:
     """The picture at `source`, as an array that nobody else can change."""
     picture = open_picture(source)
-    return picture.copy() if picture is source else picture
+    return picture.copy() if isinstance(source, np.ndarray) else picture
 
 
 def _wait(handle: Handle) -> FocusResult:
@@ -204,10 +250,3 @@ def _wait(handle: Handle) -> FocusResult:
         handle.cancel()
         raise
     return result
-
-
-def _stream(handle: Handle) -> Iterator[Event]:
-    try:
-        yield from handle
-    finally:
-        handle.cancel()

@@ -22,7 +22,7 @@ from dualfocus.runtime.protocol import focus
 from dualfocus.runtime.result import Counters, FocusResult, Generation, Mode, StageClock
 from dualfocus.runtime.sequence import embed, likeliest, log_softmax
 from dualfocus.runtime.turns import Prompt, Question, Turns
-from dualfocus.runtime.work import Encode, Generate, Protocol, Score, Steps, Task
+from dualfocus.runtime.work import Encode, Generate, Protocol, Score, Steps, Task, crop_name
 
 
 class Reference:
@@ -61,7 +61,7 @@ class Reference:
         bundle.device.use()
         turns = Turns(bundle.manifest, bundle.tokenizer, question)
         name = image_name(picture, bundle.digest)
-        calls = _Calls(bundle, picture, self._on_stage, encode_once=self._encode_once)
+        calls = _Calls(bundle, picture, name, self._on_stage, encode_once=self._encode_once)
         result = calls.run(protocol(Task(bundle.manifest, turns, bundle.grammar, picture, name)))
         if isinstance(result, FocusResult):
             result = replace(result, counters=calls.counters, times_ms=calls.clock.stop())
@@ -72,12 +72,19 @@ class _Calls:
     """Calls of the model for one question."""
 
     def __init__(
-        self, bundle: Bundle, picture: Picture, on_stage: Callable[[str], None], *, encode_once: bool
+        self,
+        bundle: Bundle,
+        picture: Picture,
+        name: str,
+        on_stage: Callable[[str], None],
+        *,
+        encode_once: bool,
     ) -> None:
         self.counters = Counters()
         self.clock = StageClock()
         self._bundle = bundle
         self._picture = picture
+        self._name = name
         self._on_stage = on_stage
         self._encode_once = encode_once
         self._crops: dict[str, Crop] = {}  # what each image shows, by name
@@ -94,8 +101,8 @@ class _Calls:
 
     def _do(self, work: Encode | Generate | Score | Region | Steps[Any]) -> Any:
         match work:
-            case Encode(name, crop):
-                self._crops[name] = crop
+            case Encode(crop):
+                self._crops[crop_name(self._name, crop)] = crop
             case Generate():
                 self._enter(work.reply)
                 return self._generate(work)

@@ -11,7 +11,7 @@ from dualfocus.runtime.engines import Array
 from dualfocus.runtime.generation import Reply, Scoring
 from dualfocus.runtime.geometry import Region
 from dualfocus.runtime.image import Picture
-from dualfocus.runtime.result import Counters, Event, FocusResult, Stage, StageClock
+from dualfocus.runtime.result import Counters, Event, FocusResult, ReplyToken, Stage, StageClock
 from dualfocus.runtime.sequence import CachedSequence, Extension
 from dualfocus.runtime.work import Encode, Generate, Score, Steps
 
@@ -32,7 +32,7 @@ class Job:
 
 @dataclass(eq=False)
 class Branch:
-    """A generator of a request: its protocol, or one that runs beside other work and is `parent`'s."""
+    """A generator of a request: its protocol, or one that is the work of the job `parent`."""
 
     steps: Steps[Any]
     parent: Job | None = None
@@ -43,18 +43,22 @@ class Branch:
 class Request:
     """A question on its way through an `Engine`. When it is `done`, `result` is its answer or raises."""
 
-    def __init__(self, picture: Picture, priority: int, follow: Callable[[Event], object]) -> None:
+    def __init__(
+        self, picture: Picture, name: str, priority: int, clock: StageClock, follow: Callable[[Event], object]
+    ) -> None:
+        """`name` is the picture's, `clock` runs already; `follow` is called with each event."""
         self.picture = picture
-        self.name = ""  # the picture's
+        self.name = name
         self.priority = priority
         self.counters = Counters()
         self.jobs: list[Job] = []  # that are not done, in order
         self.features: dict[str, Array] = {}  # by name, (T, D) each: the images it has encoded
         self.done = False
+        self.answering = False  # it has generated a token
         self._branches: list[Branch] = []
+        self._clock = clock
         self._follow = follow
-        self._clock = StageClock()
-        self._stage = ""
+        self._stage: str | None = None
         self._replied = False
         self._value: Any = None
         self._error: BaseException | None = None
@@ -76,6 +80,7 @@ class Request:
 
     def emit(self, event: Event) -> None:
         """Show `event` to whoever follows the request."""
+        self.answering |= isinstance(event, ReplyToken)
         self._follow(event)
 
     def start(self, steps: Steps[Any]) -> None:
@@ -93,11 +98,13 @@ class Request:
             self._advance(branch)
 
     def fail(self, error: BaseException) -> None:
-        """End the request with `error`."""
+        """End the request with `error`, unless it has ended."""
+        if self.done:
+            return
         self._error, self.done = error, True
         self.jobs.clear()
         for branch in reversed(self._branches):
-            with suppress(Exception):  # what a protocol does when it is closed is its own
+            with suppress(BaseException):  # what a protocol does when it is closed is its own
                 branch.steps.close()
 
     def _branch(self, steps: Steps[Any], parent: Job | None) -> None:

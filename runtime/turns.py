@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from dualfocus.runtime.errors import QuestionError
 from dualfocus.runtime.manifest import Manifest, Prompts, TokenSpec
@@ -203,6 +203,7 @@ class Turns:
         self._tokenizer = tokenizer
         own = Wording(prompts.locate, prompts.locate, prompts.select)
         self._wording = question.wording if prompts == DUALFOCUS else own
+        self._encodings: dict[str, Encoding] = {}  # by text
         self._images: tuple[str, ...] = ()
         self._history: tuple[Turn, ...] = ()
 
@@ -250,7 +251,8 @@ class Turns:
         manifest = self._manifest
         pieces = render(manifest.prompts, self.question, [*self._history, *turns])
         images = [*self._images, *images]
-        prompt = tokenize(pieces, self._tokenizer, manifest.tokens, images, manifest.image.tokens)
+        length = manifest.image.tokens
+        prompt = tokenize(pieces, self._tokenizer, manifest.tokens, images, length, self._encodings)
         if len(prompt.tokens) > manifest.decoder.context:
             raise _too_long(len(prompt.tokens), manifest)
         return prompt
@@ -282,9 +284,18 @@ def render(prompts: Prompts, question: Question | None, turns: Sequence[Turn]) -
 
 
 def tokenize(
-    pieces: Sequence[Piece], tokenizer: Tokenizer, tokens: TokenSpec, images: Sequence[str], length: int
+    pieces: Sequence[Piece],
+    tokenizer: Tokenizer,
+    tokens: TokenSpec,
+    images: Sequence[str],
+    length: int,
+    encodings: dict[str, Encoding] | None = None,
 ) -> Prompt:
-    """Tokenise rendered `pieces`; `images` names what stands at each image's place, `length` tokens long."""
+    """Tokenise rendered `pieces`; `images` names what stands at each image's place, `length` tokens long.
+
+    `encodings` keeps those of texts for the next call: a question's prompts have most of theirs in common.
+    """
+    encodings = {} if encodings is None else encodings
     out: list[Token] = [] if tokens.bos is None else [tokens.bos]
     replies: list[range] = []
     names = iter(images)
@@ -293,7 +304,9 @@ def tokenize(
             name = next(names)
             out.extend(_image_tokens(name, length))
             continue
-        encoding = tokenizer.encode("".join(piece.text for piece in run), add_special_tokens=False)
+        text = "".join(piece.text for piece in run)
+        encoding = encodings.get(text) or tokenizer.encode(text, add_special_tokens=False)
+        encodings[text] = encoding
         ends = [end for _, end in encoding.offsets]
         start = 0
         for piece in run:

@@ -1,7 +1,7 @@
 """What a protocol asks for: images to encode, replies to generate, replies to score.
 
 A protocol is a generator. It yields a list of work, is sent the list of its results, and returns what the
-request is answered with. An item of the list may be another such generator: it runs beside the other items,
+request is answered with. An item of the list may be another such generator: it runs with the other items,
 and what it returns is its result. A protocol knows nothing of slots, batches, caches, devices or other
 requests. `engine` and `reference` execute protocols; `protocol` is DualFocus, `zooms` another one.
 """
@@ -22,9 +22,8 @@ from dualfocus.runtime.turns import Prompt, Turns
 
 @dataclass(frozen=True)
 class Encode:
-    """Encode a crop of the picture, which prompts then show by its `name`. Result: None."""
+    """Encode a crop of the picture, which prompts then show as `Task.image(crop)`. Result: None."""
 
-    name: str
     crop: Crop
 
 
@@ -53,6 +52,11 @@ R = TypeVar("R", covariant=True)
 Steps = Generator[Sequence["Encode | Generate | Score | Region | Steps[Any]"], list[Any], R]
 
 
+def crop_name(picture_name: str, crop: Crop) -> str:
+    """The name of a crop of a picture."""
+    return f"{picture_name} {crop}"
+
+
 @dataclass(frozen=True)
 class Task:
     """What a protocol is given: a question about a picture, and what the model says of itself."""
@@ -61,7 +65,11 @@ class Task:
     turns: Turns
     grammar: Grammar | None  # of the model's boxes, if it has one
     picture: Picture
-    name: str  # of the whole picture
+    picture_name: str  # `prefix_cache.image_name`
+
+    def image(self, crop: Crop) -> str:
+        """How prompts name a crop. No two crops of any pictures share a name: caches rely on it."""
+        return crop_name(self.picture_name, crop)
 
 
 Protocol = Callable[[Task], Steps[Any]]

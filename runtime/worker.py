@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from queue import SimpleQueue
 from typing import Any
 
@@ -36,16 +37,17 @@ class Handle:
     def result(self, timeout: float | None = None) -> Any:
         """Wait for what the protocol returns. Raises what it failed with, CancelledError if it was cancelled,
         and TimeoutError after `timeout` seconds."""
-        self._worker.check_process()
+        self._worker.check_waiting()
         if not self._done.wait(timeout):
             raise TimeoutError(f"no answer after {timeout} s")
         return self._request.result
 
     def __iter__(self) -> Iterator[Any]:
-        """The request's events as they come, for one reader. The last is the result, or raises as it does."""
-        self._worker.check_process()
+        """The events as they come, each for one reader. The last is the result, or raises as that does."""
+        self._worker.check_waiting()
         while (event := self._events.get()) is not None:
             yield event
+        self._events.put(None)  # for whoever reads it again
         yield self.result()
 
     def cancel(self) -> None:
@@ -74,14 +76,15 @@ class _Inbox:
             with self.changed:
                 self.changed.wait_for(lambda: self.commands or self.closed or not engine.idle)
                 commands, self.commands, closed = self.commands, [], self.closed
-            for command in commands:
-                command(engine)
-            with contextlib.suppress(BaseException):  # which every request has failed with
-                engine.step()
+            for command in [*commands, Engine.step]:
+                with contextlib.suppress(BaseException):  # which every request has failed with
+                    command(engine)
             with self.changed:
                 if closed:
                     for request in self.handles:
-                        engine.cancel(request)
+                        with contextlib.suppress(BaseException):
+                            engine.cancel(request)
+                        request.fail(CancelledError())  # it may not have come to the engine
                 for request in [request for request in self.handles if request.done]:
                     self.handles.pop(request).settle()
 
@@ -96,9 +99,11 @@ class Worker:
         self._inbox = _Inbox()
         self._process = os.getpid()
         # a daemon: the interpreter would wait for another kind before it runs what `finalize` registers
-        thread = threading.Thread(target=self._inbox.serve, args=[engine], name="dualfocus", daemon=True)
-        thread.start()
-        self.close = weakref.finalize(self, _close, self._inbox, thread, self._process)
+        self._thread = threading.Thread(
+            target=self._inbox.serve, args=[engine], name="dualfocus", daemon=True
+        )
+        self._thread.start()
+        self.close = weakref.finalize(self, _close, self._inbox, self._thread, self._process)
 
     def submit(
         self,
@@ -126,8 +131,9 @@ class Worker:
                 raise EngineError("the model was closed: open another one")
             if len(inbox.handles) >= self._queue:
                 raise BusyError(f"{self._queue} questions are waiting already: ask again later")
+            inbox.commands.append(lambda engine: engine.add(request))
             inbox.handles[request] = handle
-        self.post(lambda engine: engine.add(request))
+            inbox.changed.notify()
         return handle
 
     def post(self, command: Callable[[Engine], object]) -> None:
@@ -136,6 +142,12 @@ class Worker:
         with self._inbox.changed:
             self._inbox.commands.append(command)
             self._inbox.changed.notify()
+
+    def check_waiting(self) -> None:
+        """EngineError for whoever would wait for ever: a forked process, and a protocol of this engine."""
+        self.check_process()
+        if threading.current_thread() is self._thread:
+            raise EngineError("a protocol cannot wait for another question of its model: yield that work")
 
     def check_process(self) -> None:
         """EngineError in a forked process: it has no such thread, and would wait for ever."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from concurrent.futures import CancelledError
 from functools import partial
+from itertools import count
 from typing import Any
 
 import fakes
@@ -20,7 +21,7 @@ from dualfocus.runtime.engine import PADDING, together
 from dualfocus.runtime.protocol import focus
 from dualfocus.runtime.request import Request
 from dualfocus.runtime.result import FocusResult, ReplyToken, Stage
-from dualfocus.runtime.work import Encode, Generate, Steps, Task
+from dualfocus.runtime.work import Encode, Generate, Score, Steps, Task
 
 FAKE = make()
 MODES = ("dual", "macro", "micro")
@@ -238,8 +239,8 @@ def test_a_decoder_call_that_fails_for_one_row_fails_alone(monkeypatch):
 
 def test_a_prompt_beyond_the_context_fails_alone():
     def protocol(task: Task) -> Steps[None]:
-        yield [Encode(task.name, (0, 0, 9, 9))]
-        prompt = task.turns.macro(task.name)
+        yield [Encode((0, 0, 9, 9))]
+        prompt = task.turns.macro(task.image((0, 0, 9, 9)))
         long = prompt.tokens + (5,) * FAKE.manifest.decoder.context
         yield [Generate("macro", type(prompt)(long, ()))]
 
@@ -301,13 +302,13 @@ def test_a_protocol_of_ones_own():
 
     def closer(task: Task) -> Steps[str]:
         yield []
-        yield [Encode("corner", (0, 0, 20, 20))]
-        (reply,) = yield [Generate("corner", task.turns.macro("corner"))]
+        yield [Encode((0, 0, 20, 20))]
+        (reply,) = yield [Generate("corner", task.turns.macro(task.image((0, 0, 20, 20))))]
         return reply.text
 
     def protocol(task: Task) -> Steps[tuple[str, str]]:
-        yield [Encode(task.name, (0, 0, 70, 50))]
-        whole, corner = yield [Generate("whole", task.turns.macro(task.name)), closer(task)]
+        yield [Encode((0, 0, 70, 50))]
+        whole, corner = yield [Generate("whole", task.turns.macro(task.image((0, 0, 70, 50)))), closer(task)]
         return whole.text, corner
 
     engine = Engine(FAKE)
@@ -317,11 +318,98 @@ def test_a_protocol_of_ones_own():
     assert {event.reply for event in events if isinstance(event, ReplyToken)} == {"whole", "corner"}
 
 
+def test_the_same_crop_of_another_picture_is_another_image():
+    """An image's name holds the picture's, whoever asks for it."""
+
+    def corner(task: Task) -> Steps[tuple[float, ...]]:
+        yield [Encode((0, 0, 20, 20))]
+        (reply,) = yield [Generate("corner", task.turns.macro(task.image((0, 0, 20, 20))))]
+        return reply.logprobs
+
+    engine = Engine(FAKE, slots=4)
+    requests = [engine.submit(picture, QUESTION, corner) for picture in PICTURES]
+    drain(engine)
+    for picture, request in zip(PICTURES, requests, strict=True):
+        expected = Reference(FAKE).run(picture, QUESTION, corner)
+        assert request.result == pytest.approx(expected, abs=1e-5)
+    assert len({request.result for request in requests}) == 3
+
+
+@pytest.mark.parametrize("stage", ["view_whole", "encode_whole", "prefill", "decode", "select"])
+@pytest.mark.parametrize("how", ["raise", "cancel"])
+def test_a_follower_that_raises_or_cancels_ends_its_request_alone(stage, how):
+    """About a picture that the others ask about too."""
+    engine = Engine(FAKE, slots=6)
+
+    def follow(event: Any) -> None:
+        if event == Stage(stage):
+            if how == "raise":
+                raise BrokenError
+            engine.cancel(requests[0])
+
+    requests = [
+        engine.prepare(PICTURES[0], QUESTION, focus, follow=follow),  # the one that is encoded for
+        *(engine.prepare(PICTURES[0], QUESTION, focus) for _ in range(2)),
+    ]
+    for request in requests:
+        engine.add(request)
+    drain(engine)
+    with pytest.raises(BrokenError if how == "raise" else CancelledError):
+        _ = requests[0].result
+    for request in requests[1:]:
+        same(Pair(PICTURES[0], QUESTION), request.result, expected(0, 0, "dual"), FAKE, alike=True)
+    assert holds_nothing(engine)
+
+
+def cancelling(engine: Engine, requests: list[Request], at: int) -> Any:
+    """Cancels the last of `requests` as it generates its token number `at`."""
+    tokens = count()
+
+    def follow(event: Any) -> None:
+        if isinstance(event, ReplyToken) and next(tokens) == at:
+            engine.cancel(requests[-1])
+
+    return follow
+
+
+def test_a_follower_may_cancel_at_any_token():
+    for tokens in count():
+        engine = Engine(FAKE, slots=6)
+        requests = [engine.submit(PICTURES[0], QUESTION, focus)]
+        follow = cancelling(engine, requests, tokens)
+        requests.append(engine.submit(PICTURES[1], QUESTION, focus, follow=follow))
+        drain(engine)
+        same(Pair(PICTURES[0], QUESTION), requests[0].result, expected(0, 0, "dual"), FAKE, alike=True)
+        assert holds_nothing(engine)
+        if requests[1]._error is None:
+            break
+    assert tokens > 20
+
+
+def test_logits_that_are_no_numbers_end_a_request(monkeypatch):
+    bundle = make()
+    engine = Engine(bundle)
+    monkeypatch.setattr(
+        bundle.decoder, "_logits", lambda *_: np.full(bundle.manifest.decoder.vocabulary, np.nan)
+    )
+    request = engine.submit(PICTURES[0], QUESTION, focus)
+    drain(engine)
+    assert request.done
+
+    def scores(task: Task) -> Steps[Any]:
+        yield [Encode((0, 0, 9, 9)), Encode((0, 0, 20, 20))]
+        images = task.image((0, 0, 9, 9)), task.image((0, 0, 20, 20))
+        return (yield [Score(task.turns.select(*images, BOX, "a"))])
+
+    ((earlier, last),) = engine.run(engine.submit(PICTURES[0], QUESTION, scores))
+    assert np.isnan([*earlier, *last]).all()
+
+
 def test_a_protocol_without_work_ends_at_once():
     def protocol(task: Task) -> Steps[str]:
         yield []
         yield [Region(problem="nothing")]
-        return task.name
+        return task.picture_name
 
     events: list[Any] = []
     engine = Engine(FAKE)
@@ -346,9 +434,9 @@ def count_padded(bundle: Bundle) -> list[int]:
     return total
 
 
-@pytest.mark.parametrize(("many", "calls", "padded"), [(1, 15, 593), (8, 41, 2472)])
+@pytest.mark.parametrize(("many", "calls", "padded"), [(1, 15, 593), (8, 38, 2472)])
 def test_requests_take_no_more_than_waves_did(many, calls, padded):
-    """The bounds are what the scheduler that this engine replaced took (2026-11-29)."""
+    """Waves took 15 and 41 calls, 593 and 2,472 positions (2026-11-29)."""
     bundle = fakes.make_bundle(script(spelled(BOX)))
     total = count_padded(bundle)
     engine = Engine(bundle, slots=2 * many)

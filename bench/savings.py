@@ -452,10 +452,11 @@ def show(result: Mapping[str, Any], console: Console) -> None:
 LABELS = {
     PLAIN: "the plain protocol",
     "+ images": "+ an image is encoded once",
-    "+ prefix": "+ prompts and candidates start from what is cached",
+    "+ prefix": "+ prompts start from what is cached",
     "+ batch": "+ macro and locate decode together",
     "+ forced": "+ the box under its grammar",
-    ALL: "+ the macro answer as draft: all of it",
+    "+ draft": "+ the macro answer as draft",
+    "+ select": "+ candidates as branches",  # in results before 2026-11-29
     MACRO: "macro alone",
     SECOND: "second question on the picture",
     SEVERAL: "8 questions at once, each",
@@ -469,7 +470,9 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"| | {' | | '.join(KINDS)} | | encodes | prefilled | steps |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, label in LABELS.items():
+    last = [name for name in cases[0] if name.startswith("+")][-1]
+    for name in cases[0]:
+        label = LABELS[name] + ": all of it" * (name == last)
         rows = [case[name] for case in cases]
         cells = [f"{row['median']:,.0f} | {row['ratio']:.2f}\u00d7" for row in rows]
         for counter in ("vision_encodes", "tokens_prefilled", "decode_steps"):

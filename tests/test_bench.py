@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from dualfocus import cli, kernels
-from dualfocus.bench import crop, gate, harness, rules, savings
+from dualfocus.bench import crop, gate, harness, rules, savings, throughput
 from dualfocus.bench.scripted import PUSH, ScriptedDecoder
 from dualfocus.export import export_bundle
 from dualfocus.runtime import Bundle, DualFocus
@@ -215,6 +215,26 @@ def test_savings_as_a_table(random_bundle: Path) -> None:
     for ratio in ("plain / all", "all / macro only", "second question / first"):
         assert shown.stdout.count(f"\n{ratio}: ") == 2
     assert shown.stdout.count("wanted >= 3.6") == 1  # where plain encodes eight images
+
+
+@pytest.mark.parametrize("random", [True, False])
+def test_questions_in_flight(random: bool, random_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "IN_FLIGHT", (1, 3, 8))
+    monkeypatch.setattr(throughput, "QUESTIONS", {True: 9, False: 9})
+    bundle = ["--bundle", random_bundle] if random else []
+    shown = bench("throughput", "--rounds", 2, "--threads", 1, "--json", *bundle)
+    assert shown.exit_code == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert found["scripted"] == random
+    assert found["questions"] == 9
+    rows = found["in_flight"]
+    assert list(rows) == ["1", "3", "8"]
+    assert rows["1"]["ratio"]["value"] == 1
+    assert rows["8"]["ratio"]["wanted"]
+    for row in rows.values():
+        assert 0 <= row["padded"] < 0.5
+        assert row["first_token"]["median"] < row["answer"]["median"]
+    assert throughput.markdown(found).count("\n") == 4
 
 
 def test_a_wrong_answer_is_noticed(random_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ a round, in turn, on an engine that keeps nothing of a question once it is answe
 answers. Random weights are made to say what the protocol usually hears (`scripted`).
 
 - First token: from the submission to the first token of the macro answer.
-- Padded: the share of the positions computed by the decoder that hold no token, in calls of several rows.
+- Padded: the share of the positions computed by the decoder that hold no token.
 """
 
 from __future__ import annotations

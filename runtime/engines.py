@@ -40,7 +40,7 @@ class TokenIds:
 class DeviceLogits:
     """(vocabulary,) logits that stay on a device, with what greedy decoding reads of them, computed there.
 
-    It behaves as the part of an array that `sequence` and `reply` use.
+    It behaves as the part of an array that `sequence` and `generation` use.
     """
 
     values: Array

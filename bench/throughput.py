@@ -189,7 +189,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         first, answer = row["first_token"], row["answer"]
         table.add_row(
             many,
-            f"{row['questions_per_second']:.1f}",
+            f"{row['questions_per_second']:.3g}",
             f"{row['ratio']['value']:.2f}\u00d7",
             *(f"{of[key]:.0f} ms" for of in (first, answer) for key in ("median", "p95")),
             f"{100 * row['padded']:.1f} %",
@@ -205,7 +205,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for many, row in result["in_flight"].items():
-        cells = [many, f"{row['questions_per_second']:.1f}", f"{row['ratio']['value']:.2f}\u00d7"]
+        cells = [many, f"{row['questions_per_second']:.3g}", f"{row['ratio']['value']:.2f}\u00d7"]
         cells += [f"{row[of]['median']:.0f} / {row[of]['p95']:.0f} ms" for of in ("first_token", "answer")]
         lines.append(f"| {' | '.join(cells)} | {100 * row['padded']:.1f} % |")
     return "\n".join(lines)

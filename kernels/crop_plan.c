@@ -41,10 +41,12 @@ static double support(const crop_geometry *g)
     return 2.0 * (scale < 1.0 ? 1.0 : scale);
 }
 
-/* The most taps that an output can have, padding counted. */
+/* The most taps that an output can have, padding counted. Between two numbers that are 2 x support apart lie
+ * at most that many integers, and one; rounding adds none, since 2 x support is no nearer to the next integer
+ * than 1 / out_length. */
 static size_t window_max(const crop_geometry *g)
 {
-    int64_t taps = (int64_t)(2.0 * support(g)) + 2;
+    int64_t taps = (int64_t)(2.0 * support(g)) + 1;
     return (size_t)(taps < g->length ? taps : g->length);
 }
 

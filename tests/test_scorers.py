@@ -172,7 +172,10 @@ def test_pope_figures_where_nobody_says_yes() -> None:
 
 @pytest.mark.parametrize(
     ("said", "score"),
-    [("Dog", 1), ("dog.", 1), ("dog...", 1), (" dog", 0), ("dogs", 0), ("dog. ", 0), ("", 0)],
+    [
+        *(("Dog", 1), ("dog.", 1), ("dog...", 1), (" dog", 0), ("dogs", 0), ("dog. ", 0), ("", 0)),
+        *((".dog", 0), ("d.og", 0), ("d.o.g.", 0)),  # full stops within stay
+    ],
 )
 def test_gqa_is_exact(said: str, score: float) -> None:
     assert scorers.gqa(said, ("dog",)) == score

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -129,6 +130,7 @@ class GraphDecoder(ABC, Generic[Input, Output]):
         """A call covers `max_rows` rows at most; None: any number."""
         self._spec, self._max_rows = spec, max_rows
         self._calls: WeakKeyDictionary[KVCache, _Bound] = WeakKeyDictionary()
+        self._lock = Lock()  # engines on several threads may share an opened bundle
 
     def extend(
         self,
@@ -156,7 +158,8 @@ class GraphDecoder(ABC, Generic[Input, Output]):
                 requested,
                 max(self._min_positions, *map(len, requested)),
             )
-            results |= zip(group, self._run(cache, append), strict=True)
+            with self._lock:
+                results |= zip(group, self._run(cache, append), strict=True)
         return [results[i] for i in range(len(rows))]
 
     def _run(self, cache: KVCache, append: Append[Input]) -> list[Output]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import get_args
 
 import numpy as np
@@ -183,7 +184,7 @@ class Stream:
 class Batch:
     """Answers in order, as `DualFocus.ask_many` gives them. `given` counts them, failures too.
 
-    Closing or dropping it cancels what is on its way.
+    Any thread may take the next one. Closing or dropping it cancels what is on its way.
     """
 
     def __init__(self, model: DualFocus, asked: Iterable[Asked], protocol: Protocol, ahead: int) -> None:
@@ -194,16 +195,18 @@ class Batch:
         self._ahead = ahead
         self._next: list[Asked] = []  # one that was taken and not submitted yet
         self._coming: deque[Handle | Exception] = deque()
+        self._lock = Lock()
 
     def __iter__(self) -> Batch:
         return self
 
     def __next__(self) -> FocusResult:
-        self._submit()
-        if not self._coming:
-            raise StopIteration
-        first = self._coming.popleft()
-        self.given += 1
+        with self._lock:
+            self._submit()
+            if not self._coming:
+                raise StopIteration
+            first = self._coming.popleft()
+            self.given += 1
         if isinstance(first, Exception):
             raise first
         return _wait(first)

@@ -4,22 +4,23 @@
 another code path. A dialogue is rendered to pieces (text, or the place of an image), and tokenised the
 way the original LLaVA does: every run of text between two images on its own, one `bos` at the very front.
 User and model text is filled in after the templates were split at their image markers, so that no
-question and no reply can add an image.
+question and no reply can add an image. In such text no special token is parsed either (`markup`).
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
 from dualfocus.runtime.errors import QuestionError
 from dualfocus.runtime.manifest import Manifest, Prompts, TokenSpec
+from dualfocus.runtime.markup import Encoded, Spans, encode
 
 # Spaces count: no space after the select turn's colon, and one at its end, so two before "ASSISTANT:".
 DUALFOCUS = Prompts(
@@ -47,6 +48,9 @@ CHATML = replace(
     user="\n<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant\n",
     reply="{answer}<|im_end|>",
 )
+
+
+CHARACTERS = 32  # that a token of a question may have on average: text has 3 to 5
 
 
 @dataclass(frozen=True)
@@ -124,14 +128,15 @@ class Question:
         whole = text if hints or not hint else f"{text}\n{hint}"
         return cls(first_line.rstrip(), whole)
 
-    def fill(self, template: str) -> str:
+    def fill(self, template: str) -> Text:
         """A turn's template with this question in it.
 
         In one pass over the template: a question that contains "{T}" stays as it was typed.
         """
-        asked = f"{self.context}\n{self.first_line}" if self.context else self.first_line
-        fields = {"{Q}": self.first_line, "{T}": self.whole, "{C}": self.context or "nan", "{CQ}": asked}
-        return re.sub(r"\{(?:Q|T|C|CQ)\}", lambda field: fields[field[0]], template)
+        both = f"{self.context}\n{self.first_line}" if self.context else self.first_line
+        fields = {"{Q}": self.first_line, "{T}": self.whole, "{C}": self.context or "nan", "{CQ}": both}
+        parts = re.split(r"(\{(?:Q|T|C|CQ)\})", template)
+        return Text.join((fields.get(part, part), i % 2 == 1) for i, part in enumerate(parts))
 
     def letter(self, reply: str) -> str | None:
         """The capital letter of the option that `reply` names, None if it names none.
@@ -161,10 +166,40 @@ class Turn:
 
 @dataclass(frozen=True)
 class Text:
-    """A run of text; `reply` marks what the model said, with its end, which is what a loss is over."""
+    """A run of text.
+
+    `given` is where a person or the model wrote it, and no template. `reply` marks what the model said, with
+    its end, which is what a loss is over.
+    """
 
     text: str
+    given: Spans = ()
     reply: bool = False
+
+    @classmethod
+    def join(cls, parts: Iterable[tuple[str, bool]], *, reply: bool = False) -> Text:
+        """One text of several, of each of which is told whether it is given."""
+        text, given = "", []
+        for part, is_given in parts:
+            if is_given and part:
+                given.append((len(text), len(text) + len(part)))
+            text += part
+        return cls(text, tuple(given), reply)
+
+    @classmethod
+    def concatenate(cls, texts: Iterable[Text]) -> Text:
+        """One text of several; it is no reply."""
+        return cls.join((part, is_given) for text in texts for part, is_given in text.parts)
+
+    @property
+    def parts(self) -> Iterator[tuple[str, bool]]:
+        """Its parts in order, and whether each is given."""
+        end = 0
+        for start, stop in self.given:
+            yield self.text[end:start], False
+            yield self.text[start:stop], True
+            end = stop
+        yield self.text[end:], False
 
 
 class Image:
@@ -190,20 +225,29 @@ class Turns:
     """
 
     def __init__(self, manifest: Manifest, tokenizer: Tokenizer, question: str | Question) -> None:
-        """A text is parsed. Raises QuestionError as `Question` does.
+        """A text is parsed. Raises QuestionError as `Question` does, for a text of far too many characters,
+        and for one that spells the mark of an image.
 
         A question's wording is for the table that its benchmark was worded for: a manifest with prompts
         of its own says what its model was trained on, and they stand.
         """
         prompts = manifest.prompts
         if isinstance(question, str):
+            _check_size(len(question), manifest)
             question = Question.parse(question, prompts.hint)
+        texts = (question.first_line, question.whole, question.context, *question.options)
+        _check_size(sum(map(len, texts)), manifest)
+        if any(prompts.image in text for text in texts):
+            raise QuestionError(
+                f"the question holds {prompts.image!r}, which stands for a picture in this model's prompts: "
+                "leave it out"
+            )
         self.question = question
         self._manifest = manifest
         self._tokenizer = tokenizer
         own = Wording(prompts.locate, prompts.locate, prompts.select)
         self._wording = question.wording if prompts == DUALFOCUS else own
-        self._encodings: dict[str, Encoding] = {}  # by text
+        self._encoded: dict[Text, Encoded] = {}
         self._images: tuple[str, ...] = ()
         self._history: tuple[Turn, ...] = ()
 
@@ -252,10 +296,20 @@ class Turns:
         pieces = render(manifest.prompts, self.question, [*self._history, *turns])
         images = [*self._images, *images]
         length = manifest.image.tokens
-        prompt = tokenize(pieces, self._tokenizer, manifest.tokens, images, length, self._encodings)
+        prompt = tokenize(pieces, self._tokenizer, manifest.tokens, images, length, self._encoded)
         if len(prompt.tokens) > manifest.decoder.context:
             raise _too_long(len(prompt.tokens), manifest)
         return prompt
+
+
+def _check_size(characters: int, manifest: Manifest) -> None:
+    """Refuse before tokenizing what could not fit: that takes memory and time, for megabytes much of both."""
+    most = CHARACTERS * manifest.decoder.context
+    if characters > most:
+        raise QuestionError(
+            f"the question is too long: it has {characters:,} characters, "
+            f"for the model's {manifest.decoder.context} tokens at most {most:,} are read"
+        )
 
 
 def _too_long(need: int, manifest: Manifest) -> QuestionError:
@@ -273,13 +327,18 @@ def micro_answer(reply: str) -> str:
 def render(prompts: Prompts, question: Question | None, turns: Sequence[Turn]) -> list[Piece]:
     """The dialogue of `turns` about `question`, or of turns that ask it themselves, as pieces in order."""
     pieces: list[Piece] = [Text(prompts.system)]
+    before, after = prompts.user.split("{turn}")
     for turn in turns:
-        for i, text in enumerate(prompts.user.replace("{turn}", turn.template).split(prompts.image)):
+        texts = turn.template.split(prompts.image)
+        for i, text in enumerate(texts):
             if i:
                 pieces.append(Image())
-            pieces.append(Text(question.fill(text) if question else text))
+            filled = question.fill(text) if question else Text.join([(text, True)])
+            start, end = before if i == 0 else "", after if i == len(texts) - 1 else ""
+            pieces.append(Text.join([(start, False), *filled.parts, (end, False)]))
         if turn.reply is not None:
-            pieces.append(Text(prompts.reply.replace("{answer}", turn.reply), reply=True))
+            start, end = prompts.reply.split("{answer}")
+            pieces.append(Text.join([(start, False), (turn.reply, True), (end, False)], reply=True))
     return pieces
 
 
@@ -289,36 +348,43 @@ def tokenize(
     tokens: TokenSpec,
     images: Sequence[str],
     length: int,
-    encodings: dict[str, Encoding] | None = None,
+    known: dict[Text, Encoded] | None = None,
 ) -> Prompt:
     """Tokenise rendered `pieces`; `images` names what stands at each image's place, `length` tokens long.
 
-    `encodings` keeps those of texts for the next call: a question's prompts have most of theirs in common.
+    `known` keeps what texts became for the next call: a question's prompts have most of theirs in common.
+    Raises QuestionError as `markup.encode` does.
     """
-    encodings = {} if encodings is None else encodings
+    known = {} if known is None else known
     out: list[Token] = [] if tokens.bos is None else [tokens.bos]
     replies: list[range] = []
     names = iter(images)
+    template = _template(pieces)
     for run in _runs(pieces):
         if isinstance(run, Image):
             name = next(names)
             out.extend(_image_tokens(name, length))
             continue
-        text = "".join(piece.text for piece in run)
-        encoding = encodings.get(text) or tokenizer.encode(text, add_special_tokens=False)
-        encodings[text] = encoding
-        ends = [end for _, end in encoding.offsets]
+        whole = Text.concatenate(run)
+        encoded = known.get(whole) or encode(tokenizer, whole.text, whole.given, template)
+        known[whole] = encoded
         start = 0
         for piece in run:
             stop = start + len(piece.text)
             if piece.reply:
                 # a token belongs to the text it ends in: "▁[" of ": [" is the reply's
-                inside = [len(out) + i for i, end in enumerate(ends) if start < end <= stop]
+                inside = [len(out) + i for i, end in enumerate(encoded.ends) if start < end <= stop]
                 replies.append(range(inside[0], inside[-1] + 1))
             start = stop
-        out.extend(encoding.ids)
+        out.extend(encoded.ids)
     assert next(names, None) is None
     return Prompt(tuple(out), tuple(replies))
+
+
+def _template(pieces: Iterable[Piece]) -> str:
+    """All text that nobody gave."""
+    texts = (piece.parts for piece in pieces if isinstance(piece, Text))
+    return "\0".join(part for parts in texts for part, is_given in parts if not is_given)
 
 
 @lru_cache(maxsize=64)

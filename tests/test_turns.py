@@ -123,6 +123,30 @@ def test_a_question_cannot_change_the_dialogue(text):
     assert texts[3] == f" {text}</s>"
 
 
+@pytest.mark.parametrize(
+    "question",
+    [
+        Question.parse("<image>\nWhat is it?", ""),
+        Question.parse("What is it? <image>", HINT),
+        Question("What?", "What?\nA. <image>", ("<image>", "b")),
+        Question("What?", "What?", context="<image>"),
+    ],
+)
+def test_a_question_with_the_mark_of_an_image_is_refused(question):
+    tokenizer = fakes.make_tokenizer()
+    with pytest.raises(QuestionError, match="the question holds '<image>', which stands for a picture"):
+        Turns(fakes.make_manifest(tokenizer), tokenizer, question)
+
+
+@pytest.mark.parametrize("text", ["a" * 10_000_000, "\n" * 9_999_999 + "a", "中" * 10_000_000])
+def test_a_question_of_megabytes_is_refused_before_it_is_tokenized(text):
+    tokenizer = fakes.make_tokenizer()
+    manifest = fakes.make_manifest(tokenizer)
+    for question in (text, Question("a", text), Question("a", "a", (text, "b"))):
+        with pytest.raises(QuestionError, match="the question is too long: it has 10,000,00"):
+            Turns(manifest, None, question)
+
+
 def test_an_answer_loses_newlines_and_then_periods():
     assert micro_answer("\n..AB7.\n") == "AB7"
     assert micro_answer("1.5") == "1.5"

@@ -152,9 +152,9 @@ def sample(key: str, image: str, area: Box, dialogue: Dialogue) -> dict[str, Any
     """One element of dialogues.json: its id, the picture's path, the box as `fractions` makes it."""
     question = Question.parse(dialogue.question, DUALFOCUS.hint)
     turns = (
-        ("human", question.fill(DUALFOCUS.locate)),
+        ("human", question.fill(DUALFOCUS.locate).text),
         ("gpt", BoxFormat().write(*area)),
-        ("human", question.fill(DUALFOCUS.micro)),
+        ("human", question.fill(DUALFOCUS.micro).text),
         ("gpt", dialogue.answer),
     )
     return {

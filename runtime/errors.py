@@ -21,6 +21,10 @@ class EngineError(InputError):
     """No inference library is installed, or the model cannot be asked: it was closed, or this is a fork."""
 
 
+class ModelError(InputError):
+    """A model whose numbers cannot be used."""
+
+
 class BusyError(InputError):
     """Too many questions wait already."""
 

@@ -13,10 +13,22 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 
 from dualfocus.runtime.engines import Logits
+from dualfocus.runtime.errors import ModelError
 from dualfocus.runtime.manifest import Manifest
 from dualfocus.runtime.result import Counters, Generation, ReplyToken
-from dualfocus.runtime.sequence import UNKNOWN, CachedSequence, Extension, likeliest, log_softmax
+from dualfocus.runtime.sequence import CachedSequence, Extension, LogProb, likeliest, log_softmax
 from dualfocus.runtime.work import Generate, Score
+
+
+def check_finite(logprob: LogProb) -> float:
+    """A log-probability that was computed. Raises ModelError if it is no finite number."""
+    assert logprob is not None
+    if not math.isfinite(logprob):
+        raise ModelError(
+            "the model computed a number that is not finite: its weights are damaged, or too large for its "
+            "precision; export it again with --precision fp32 --cache float32"
+        )
+    return logprob
 
 
 class Reply:
@@ -36,7 +48,7 @@ class Reply:
         self._most = min(manifest.max_new_tokens, self._context - len(work.prompt.tokens) + 1)
         self._counters = counters
         self._tokens: list[int] = []
-        self._logprobs: list[float] = []
+        self._logprobs: list[LogProb] = []
         self._shown = ""  # the text that was given out
 
     @property
@@ -57,7 +69,7 @@ class Reply:
         ahead = (self._ahead() or self._draft)[: self._context - end]
         scored = [at for reply in prompt.replies for at in reply]
         known = sequence.recall(prompt.tokens, scored)
-        unknown = [at - 1 for at, logprob in zip(scored, known, strict=True) if math.isnan(logprob)]
+        unknown = [at - 1 for at, logprob in zip(scored, known, strict=True) if logprob is None]
         after = [*unknown, *range(end - 1, end + len(ahead))]
         extension = Extension.to(sequence, (*prompt.tokens, *ahead), after)
         kept = min(len(sequence.tokens), end)
@@ -82,9 +94,9 @@ class Reply:
             if logits is not None:
                 token = self._greedy(logits)
                 self._verify(at, token)
-                chosen.append(self._take(token, log_softmax(logits, token)))
+                chosen.append(self._take(token, check_finite(log_softmax(logits, token))))
             elif (rest := self._ahead()) and rest[-1] in self._eos:  # no choice is left: nothing to compute
-                chosen += [self._take(token, UNKNOWN) for token in rest]
+                chosen += [self._take(token, None) for token in rest]
             else:
                 break
         return chosen
@@ -107,7 +119,7 @@ class Reply:
         if not accepted:
             self.sequence.cut(at)
 
-    def _take(self, token: int, logprob: float) -> ReplyToken:
+    def _take(self, token: int, logprob: LogProb) -> ReplyToken:
         if self._cursor:
             self._counters.tokens_forced += self._cursor.forced
             self._cursor.advance(token)
@@ -131,7 +143,7 @@ class Scoring:
         self._counters = counters
         self._counters.tokens_reused += len(work.prompt.tokens)
         self._scored = [at for reply in work.prompt.replies for at in reply]
-        self._logprobs = [UNKNOWN] * len(self._scored)
+        self._logprobs: list[LogProb] = [None] * len(self._scored)
         for sequence in known:
             self._recall(sequence)
         self.done = not self._unknown
@@ -139,8 +151,9 @@ class Scoring:
     @property
     def result(self) -> tuple[list[float], list[float]]:
         """The log-probabilities of all replies but the last, and of the last."""
-        earlier = len(self._scored) - len(self._prompt.replies[-1])
-        return self._logprobs[:earlier], self._logprobs[earlier:]
+        logprobs = [check_finite(logprob) for logprob in self._logprobs]
+        earlier = len(logprobs) - len(self._prompt.replies[-1])
+        return logprobs[:earlier], logprobs[earlier:]
 
     def start(self, sequence: CachedSequence) -> Extension:
         """Prefill the prompt up to the last unknown token, with logits for all that is unknown."""
@@ -154,16 +167,16 @@ class Scoring:
         return extension
 
     def complete(self, sequence: CachedSequence) -> None:
-        """All is computed: what is not a number now, the model gave so."""
+        """All that was unknown is computed."""
         self._recall(sequence)
         self.done = True
 
     @property
     def _unknown(self) -> list[int]:
         pairs = zip(self._scored, self._logprobs, strict=True)
-        return [at for at, logprob in pairs if math.isnan(logprob)]
+        return [at for at, logprob in pairs if logprob is None]
 
     def _recall(self, sequence: CachedSequence) -> None:
         found = sequence.recall(self._prompt.tokens, self._scored)
         pairs = zip(self._logprobs, found, strict=True)
-        self._logprobs = [new if math.isnan(old) else old for old, new in pairs]
+        self._logprobs = [new if old is None else old for old, new in pairs]

@@ -14,6 +14,7 @@ from typing import Any
 from dualfocus.runtime.bundle import Bundle
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.engines import Array, Logits
+from dualfocus.runtime.generation import check_finite
 from dualfocus.runtime.geometry import Crop, Region
 from dualfocus.runtime.image import Picture
 from dualfocus.runtime.manifest import SelectRule
@@ -128,7 +129,7 @@ class _Calls:
             if cursor:
                 cursor.advance(token)
             tokens.append(token)
-            logprobs.append(log_softmax(logits, token))
+            logprobs.append(check_finite(log_softmax(logits, token)))
             full = len(tokens) == manifest.max_new_tokens or cache.lengths[0] == cache.capacity
             if token in manifest.tokens.eos or full:
                 text = bundle.tokenizer.decode(tokens, skip_special_tokens=True).strip()
@@ -144,7 +145,7 @@ class _Calls:
         for at, logits in zip(positions, rows, strict=True):
             token = prompt.tokens[at]
             assert isinstance(token, int)
-            logprobs.append(log_softmax(logits, token))
+            logprobs.append(check_finite(log_softmax(logits, token)))
         earlier = len(positions) - len(prompt.replies[-1])
         return logprobs[:earlier], logprobs[earlier:]
 

@@ -22,12 +22,13 @@ class Generation:
 
     text: str
     tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]  # nan where a forced token's was never needed
+    logprobs: tuple[float | None, ...]  # None where a forced token's was never needed
 
     @property
     def confidence(self) -> float:
-        """The geometric mean of the tokens' probabilities."""
-        return math.exp(sum(self.logprobs) / len(self.logprobs))
+        """The geometric mean of the tokens' probabilities, as far as they were computed."""
+        known = [logprob for logprob in self.logprobs if logprob is not None]
+        return math.exp(sum(known) / len(known)) if known else 1.0
 
 
 @dataclass(frozen=True)

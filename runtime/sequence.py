@@ -22,7 +22,7 @@ from dualfocus.runtime.engines import Array, DecoderOf, DeviceLogits, Logits
 from dualfocus.runtime.turns import Token
 
 Input = TypeVar("Input")  # a decoder's
-UNKNOWN = float("nan")  # the log-probability of a token that no pass had to look at
+LogProb = float | None  # of a token; None: no pass had to compute it; NaN: the model did
 
 
 class CachedSequence:
@@ -32,32 +32,34 @@ class CachedSequence:
         self._cache = cache
         self.row = row
         self.tokens: list[Token] = []
-        self._logprobs: list[float] = []  # of each token given those before it
+        self._logprobs: list[LogProb] = []  # of each token given those before it
         self._logits: dict[int, Logits] = {}  # position: (vocabulary,) for what follows it, where asked for
-        self._cut_off: list[tuple[int, list[Token], list[float]]] = []  # where a branch began, and the branch
+        self._cut_off: list[
+            tuple[int, list[Token], list[LogProb]]
+        ] = []  # where a branch began, and the branch
 
     def logits(self, position: int) -> Logits | None:
         """(vocabulary,) logits of what follows `position`, or None where nobody asked for them."""
         return self._logits.get(position)
 
-    def logprob(self, position: int, token: int) -> float:
-        """The log-probability of `token` after `position`; UNKNOWN without logits there."""
+    def logprob(self, position: int, token: int) -> LogProb:
+        """The log-probability of `token` after `position`; None without logits there."""
         logits = self._logits.get(position)
-        return UNKNOWN if logits is None else log_softmax(logits, token)
+        return None if logits is None else log_softmax(logits, token)
 
-    def recall(self, tokens: Sequence[Token], at: Sequence[int]) -> list[float]:
+    def recall(self, tokens: Sequence[Token], at: Sequence[int]) -> list[LogProb]:
         """The log-probabilities of the `tokens` at some positions, each given those before it, as far as
-        they are known from this row or a branch cut off from it; else UNKNOWN."""
-        found = [UNKNOWN] * len(tokens)
+        they are known from this row or a branch cut off from it; else None."""
+        found: list[LogProb] = [None] * len(tokens)
         common = common_prefix(self.tokens, tokens)
         found[:common] = self._logprobs[:common]
         for start, branch, logprobs in self._cut_off:
             if start <= common:
                 end = start + common_prefix(branch, tokens[start:])
                 known = zip(found[start:end], logprobs, strict=False)
-                found[start:end] = [new if math.isnan(old) else old for old, new in known]
+                found[start:end] = [new if old is None else old for old, new in known]
         following = tokens[common] if common < len(tokens) else None
-        if isinstance(following, int) and math.isnan(found[common]):
+        if isinstance(following, int) and found[common] is None:
             found[common] = self.logprob(common - 1, following)
         return [found[position] for position in at]
 
@@ -103,7 +105,7 @@ class CachedSequence:
         self._logits |= logits
         for token in tokens:
             last = len(self.tokens) - 1
-            self._logprobs.append(self.logprob(last, token) if isinstance(token, int) else UNKNOWN)
+            self._logprobs.append(self.logprob(last, token) if isinstance(token, int) else None)
             self.tokens.append(token)
 
 
@@ -191,10 +193,15 @@ def likeliest(logits: Logits, allowed: Sequence[int] | None) -> int:
 
 
 def log_softmax(logits: Logits, token: int) -> float:
-    """The log-probability of one `token`, from (vocabulary,) logits; summed in float64 on the host."""
+    """The log-probability of one `token`, from (vocabulary,) logits; summed in float64 on the host.
+
+    NaN if a logit is NaN or infinite, but for minus infinity.
+    """
     if isinstance(logits, DeviceLogits):
         value = logits.peak if token == logits.best else float(logits[[token]][0])
         return value - logits.logsumexp
     most = logits.max()
+    if not np.isfinite(most):
+        return math.nan
     total = np.exp(logits - most).sum(dtype=np.float64)
     return float(logits[token]) - float(most) - math.log(total)

@@ -7,7 +7,6 @@ than 1e-3 either may come: such a first divergence is counted, and nothing that 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -116,9 +115,9 @@ class Tally:
                 self.ties.append(what)
                 return False
             logprob = ours.logprobs[i]
-            if not math.isnan(logprob):
+            if logprob is not None:
                 assert abs(logprob - theirs.logprobs[i]) < TOLERANCE, f"{pair.question!r}, {name}: token {i}"
-            assert name == "locate" or not math.isnan(logprob)  # only a box's forced tokens are not looked at
+            assert name == "locate" or logprob is not None  # only a box's forced tokens are not looked at
             self.tokens += 1
         assert (ours.tokens, ours.text) == (theirs.tokens, theirs.text)
         return True

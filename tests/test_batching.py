@@ -18,6 +18,7 @@ from test_engine import BOX, CHOICE, QUESTION, make, script, spelled
 
 from dualfocus.runtime import Bundle, Engine, QuestionError, Reference, Region
 from dualfocus.runtime.engine import PADDING, together
+from dualfocus.runtime.errors import ModelError
 from dualfocus.runtime.protocol import focus
 from dualfocus.runtime.request import Request
 from dualfocus.runtime.result import FocusResult, ReplyToken, Stage
@@ -386,23 +387,48 @@ def test_a_follower_may_cancel_at_any_token():
     assert tokens > 20
 
 
-def test_logits_that_are_no_numbers_end_a_request(monkeypatch):
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["all", "one"])
+def test_logits_that_are_no_numbers_fail_their_request_alone(monkeypatch, number, where):
+    """As an overflow in float16 gives them, for a prompt with "odd" in it."""
+    bundle = make()
+    decoder, logits = bundle.decoder, bundle.decoder._logits
+
+    def overflowing(cache, row, length):
+        found = logits(cache, row, length)
+        keys = cache.keys[0][row, 0, :length]
+        tokens = [token for token in (decoder._ids.get(key.tobytes()) for key in keys) if token is not None]
+        if "odd" in bundle.tokenizer.decode(tokens):
+            found[slice(None) if where == "all" else int(found.argmax())] = number
+        return found
+
+    monkeypatch.setattr(decoder, "_logits", overflowing)
+    engine = Engine(bundle, slots=6)
+    odd, other = (engine.submit(PICTURES[0], question, focus) for question in ("An odd one?", QUESTION))
+    drain(engine)
+    if where == "all" or number != -np.inf:  # one token that is impossible is another answer, and no fault
+        with pytest.raises(ModelError, match="a number that is not finite"):
+            _ = odd.result
+        with pytest.raises(ModelError, match="a number that is not finite"):
+            Reference(bundle).ask(PICTURES[0], "An odd one?")
+    same(Pair(PICTURES[0], QUESTION), other.result, expected(0, 0, "dual"), FAKE, alike=True)
+    assert holds_nothing(engine)
+
+
+def test_a_score_that_is_no_number_fails_its_request(monkeypatch):
     bundle = make()
     engine = Engine(bundle)
-    monkeypatch.setattr(
-        bundle.decoder, "_logits", lambda *_: np.full(bundle.manifest.decoder.vocabulary, np.nan)
-    )
-    request = engine.submit(PICTURES[0], QUESTION, focus)
-    drain(engine)
-    assert request.done
+    vocabulary = bundle.manifest.decoder.vocabulary
+    monkeypatch.setattr(bundle.decoder, "_logits", lambda *_: np.full(vocabulary, np.nan))
 
     def scores(task: Task) -> Steps[Any]:
         yield [Encode((0, 0, 9, 9)), Encode((0, 0, 20, 20))]
         images = task.image((0, 0, 9, 9)), task.image((0, 0, 20, 20))
         return (yield [Score(task.turns.select(*images, BOX, "a"))])
 
-    ((earlier, last),) = engine.run(engine.submit(PICTURES[0], QUESTION, scores))
-    assert np.isnan([*earlier, *last]).all()
+    with pytest.raises(ModelError, match="a number that is not finite"):
+        engine.run(engine.submit(PICTURES[0], QUESTION, scores))
+    assert holds_nothing(engine)
 
 
 def test_a_protocol_without_work_ends_at_once():

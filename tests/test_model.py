@@ -14,12 +14,13 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fakes
 import numpy as np
 import pytest
 from equality import Pair, same
 from PIL import Image
 from test_batching import PICTURES, QUESTIONS, BrokenError, expected, failing
-from test_engine import QUESTION, make
+from test_engine import BOX, QUESTION, make, script, spelled
 
 from dualfocus.runtime import (
     Bundle,
@@ -29,7 +30,9 @@ from dualfocus.runtime import (
     FocusResult,
     PictureError,
     QuestionError,
+    Reference,
     ReplyToken,
+    open_picture,
 )
 from dualfocus.runtime.work import Encode, Steps, Task
 
@@ -78,6 +81,49 @@ def test_many_threads_ask_one_model() -> None:
         for at, result in pool.map(ask, range(60)):
             pair = Pair(PICTURES[at % 3], QUESTIONS[at % 4])
             same(pair, result, expected(at % 3, at % 4, "dual"), FAKE, alike=True)
+
+
+def test_models_and_references_on_many_threads_share_an_opened_bundle() -> None:
+    """On a real graph: whatever is kept for the next call is one engine's, or guarded."""
+    bundle = Bundle.open(threads=1)
+    scene = open_picture(Path(__file__).parent.parent / "examples" / "scene.png")
+    pictures = [scene, scene[:, ::-1].copy()]
+    questions = ["What is written on the red star?", "Is there a green circle?", "What color is the heart?"]
+    pairs = [(picture, question) for picture in pictures for question in questions] * 4
+    alone = [Reference(bundle, free_box=False).ask(*pair) for pair in pairs[:6]]
+
+    def ask(at: int) -> list[FocusResult]:
+        own = Reference(bundle, free_box=False) if at % 2 else DualFocus(bundle, slots=4)
+        order = pairs[at:] + pairs[:at]
+        answers = [own.ask(*pair) for pair in order]
+        return answers[len(pairs) - at :] + answers[: len(pairs) - at]
+
+    with ThreadPoolExecutor(4) as pool:
+        for answers in pool.map(ask, range(4)):
+            for i, answer in enumerate(answers):
+                same(Pair(*pairs[i]), answer, alone[i % 6], bundle, alike=True)
+
+
+def test_many_threads_take_from_one_batch() -> None:
+    answers = DualFocus(FAKE, slots=4).ask_many((PICTURES[0], QUESTIONS[at % 4]) for at in range(40))
+    with ThreadPoolExecutor(8) as pool:
+        taken = list(pool.map(lambda _: next(answers), range(40)))
+    assert answers.given == 40
+    assert list(answers) == []
+    texts = [expected(0, at, "dual").answer for at in range(4)]
+    assert sorted(result.answer for result in taken) == sorted(texts * 10)
+
+
+def test_a_character_of_several_tokens_is_streamed_whole() -> None:
+    """Each byte of it is a token: until the last of them, there is no text to show."""
+    said = "é 👍🏽, 中"
+    bundle = fakes.make_bundle(script(spelled(BOX), macro=said))
+    events = list(DualFocus(bundle).stream(PICTURES[0], QUESTION))
+    texts = [event.text for event in events if isinstance(event, ReplyToken) and event.reply == "macro"]
+    assert events[-1].macro.text == said
+    assert "".join(texts).strip() == said
+    assert {character for text in texts for character in text} == {*said}
+    assert texts.count("") == sum(len(character.encode()) - 1 for character in said) + 1  # and the end
 
 
 def test_many_answers_come_in_order_and_each_failure_at_its_place() -> None:

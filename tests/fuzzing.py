@@ -472,6 +472,8 @@ class _Watch:
             return
         if event in FORBIDDEN:
             self.seen.append(("forbidden", f"{event} {args!r:.300}"))
+        elif event.startswith("os.") and event != "os.truncate" and args[-1] != -1:
+            pass  # relative to an open folder, as `shutil.rmtree` works, which has an event of its own
         elif (event == "open" and self._writes(args)) or event in WRITES:
             changed = {"os.rename": args[:2], "os.link": args[1:2], "os.symlink": args[1:2]}
             for path in changed.get(event, args[:1]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import math
 import os
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dualfocus.runtime.errors import BundleError
+from dualfocus.runtime.files import claimed, sync
 from dualfocus.runtime.manifest import FileEntry
 
 HASHED_BYTES = 64_000_000  # of what is opened, hashed at every opening; the whole by `inspect --verify`
@@ -75,34 +75,18 @@ def replacing(folder: Path) -> Iterator[Path]:
     Raises BundleError where another process is writing one, and where the disk does not take it.
     """
     new = folder.parent / f".{folder.name}.unfinished"
-    handle = os.open(folder.parent, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        try:
-            shutil.rmtree(new, ignore_errors=True)  # what a killed process left
-            new.mkdir()
-            yield new
-            _sync(new)
-            if folder.is_symlink():
-                folder.unlink()
-            shutil.rmtree(folder, ignore_errors=True)
-            new.rename(folder)
-            os.fsync(handle)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-    except BlockingIOError:
-        raise BundleError(f"another process is writing {folder}: try again when it is done") from None
+        with claimed(folder.parent, BundleError):
+            try:
+                shutil.rmtree(new, ignore_errors=True)  # what a killed process left
+                new.mkdir()
+                yield new
+                sync(new)
+                if folder.is_symlink():
+                    folder.unlink()
+                shutil.rmtree(folder, ignore_errors=True)
+                new.rename(folder)
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
     except OSError as error:
         raise BundleError(f"{folder} cannot be written: {error.strerror or error}") from None
-    finally:
-        os.close(handle)
-
-
-def _sync(folder: Path) -> None:
-    """Wait until the disk holds the files of `folder`, and the list of them."""
-    for path in [*folder.iterdir(), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

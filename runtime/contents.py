@@ -40,7 +40,7 @@ def check(folder: Path, files: Mapping[str, FileEntry]) -> None:
 
 def find(folder: Path, name: str) -> Path:
     """The path of the file `name` of `folder`. Raises BundleError for one that is elsewhere, as by a link."""
-    if Path(name).name != name or name == ".." or "\0" in name:
+    if Path(name).name != name or name == ".." or not name.isprintable():
         raise BundleError(f"{folder} lists {name!r:.80}, expected a plain file name")
     path = folder / name
     if os.path.dirname(os.path.realpath(path)) != os.path.realpath(folder):

@@ -219,7 +219,7 @@ def test_a_file_that_is_missing_short_or_not_listed(folder, name):
     assert f"lists no {name}" in refused(folder)
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", "a\0b"])
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", "a\0b", "\n"])
 def test_files_outside_the_folder_are_not_looked_at(folder, name):
     raw = json.loads((folder / "manifest.json").read_text())
     raw["files"][name] = {"size": 1, "sha256": "0" * 64}

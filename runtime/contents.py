@@ -43,7 +43,7 @@ def find(folder: Path, name: str) -> Path:
     if Path(name).name != name or name == ".." or not name.isprintable():
         raise BundleError(f"{folder} lists {name!r:.80}, expected a plain file name")
     path = folder / name
-    if os.path.dirname(os.path.realpath(path)) != os.path.realpath(folder):
+    if path.is_symlink() and os.path.dirname(os.path.realpath(path)) != os.path.realpath(folder):
         raise BundleError(f"{path} is a link to a file elsewhere, expected the file itself")
     return path
 

@@ -258,6 +258,16 @@ def test_a_graph_that_fails_when_it_runs_is_one_sentence(
     assert capfd.readouterr() == ("", "")  # ONNX Runtime would log it
 
 
+def test_a_graph_that_does_not_open_is_one_sentence(bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def unknown(model: Any) -> None:
+        model.graph.node[-1].op_type = "NoSuchOperator"
+
+    change(bundle, "decoder.onnx", unknown)
+    with pytest.raises(BundleError, match=r"decoder\.onnx cannot be opened by ONNX Runtime [\d.]+: .*NoSuch"):
+        Bundle.open(bundle)
+    assert capfd.readouterr() == ("", "")  # Python's part of ONNX Runtime would print "EP Error"
+
+
 def test_features_of_another_shape_are_refused(bundle: Path) -> None:
     def tile(model: Any) -> None:
         """More image tokens than the manifest says, of a number that is known at run time alone."""

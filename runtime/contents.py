@@ -39,12 +39,19 @@ def check(folder: Path, files: Mapping[str, FileEntry]) -> None:
 
 
 def find(folder: Path, name: str) -> Path:
-    """The path of the file `name` of `folder`. Raises BundleError for one that is elsewhere, as by a link."""
+    """The path of the file `name` of `folder`. Raises BundleError for one that is elsewhere, as by a link.
+
+    Links of the Hub's cache, from a snapshot to the blobs beside it, are followed.
+    """
     if Path(name).name != name or name == ".." or not name.isprintable():
         raise BundleError(f"{folder} lists {name!r:.80}, expected a plain file name")
     path = folder / name
-    if path.is_symlink() and os.path.dirname(os.path.realpath(path)) != os.path.realpath(folder):
-        raise BundleError(f"{path} is a link to a file elsewhere, expected the file itself")
+    if path.is_symlink():
+        inside = os.path.realpath(folder)
+        repository, snapshots = os.path.split(os.path.dirname(inside))
+        allowed = [inside, *([os.path.join(repository, "blobs")] if snapshots == "snapshots" else [])]
+        if os.path.dirname(os.path.realpath(path)) not in allowed:
+            raise BundleError(f"{path} is a link to a file elsewhere, expected the file itself")
     return path
 
 

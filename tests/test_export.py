@@ -125,7 +125,7 @@ def test_embeddings_and_tokenizer_are_the_checkpoints(exported: Exported) -> Non
     np.testing.assert_array_equal(embeddings, expected)
     text = "What is written on the red star? Ünïcode\n"
     ours = Tokenizer.from_file(str(exported.bundle / "tokenizer.json")).encode(text).ids
-    assert ours == tiny.make_tokenizer()(text).input_ids
+    assert [exported.manifest.tokens.bos, *ours] == tiny.make_tokenizer()(text).input_ids
 
 
 def test_comparison_is_printed(exported: Exported) -> None:
@@ -416,22 +416,28 @@ def test_other_preprocessing(broken: Path, tmp_path: Path, changes: dict[str, An
     ("changes", "message"),
     [
         ({"promts": {}}, "dualfocus.json: unknown key 'promts', expected one of"),
-        ({"prompts": {"makro": "{T}"}}, "dualfocus.json: unknown field prompts.makro"),
-        ({"prompts": []}, "dualfocus.json: field prompts is "),
-        ({"prompts": {"user": "USER:"}}, "field prompts.user does not hold '{turn}' exactly once"),
-        ({"prompts": {"micro": "{T}"}}, "field prompts.micro does not hold '<image>' exactly once"),
+        ({"prompts": {"makro": "{T}"}}, "dualfocus.json: prompts.'makro' is not a field of this format"),
+        ({"prompts": []}, "dualfocus.json: prompts: expected `object`, got `array`"),
+        ({"prompts": {"user": "USER:"}}, "dualfocus.json: prompts.user does not hold '{turn}' exactly once"),
+        ({"prompts": {"micro": "{T}"}}, "dualfocus.json: prompts.micro does not hold '<image>' exactly once"),
         ({"prompts": {"reply": "{answer}\n"}}, "prompts.reply ends with .* none of the model's end tokens"),
-        ({"coordinates": "feet"}, "field coordinates is 'feet', expected one of original, padded, model"),
-        ({"box": "[]"}, "dualfocus.json: field box is '\\[\\]', expected an object"),
-        ({"box": {"text": "[{x0}]", "decimals": 2}}, "field box.text is '\\[{x0}\\]', expected {x0}, {y0}"),
-        ({"box": {"text": BoxFormat().text, "decimals": 9}}, "field box.decimals is 9, expected 1 to 4"),
+        (
+            {"coordinates": "feet"},
+            "coordinates: invalid enum value 'feet', expected one of model, original, padded",
+        ),
+        ({"box": "[]"}, "dualfocus.json: box: expected `object .* null`, got `str`"),
+        (
+            {"box": {"text": "[{x0}]", "decimals": 2}},
+            "dualfocus.json: box.text is '\\[{x0}\\]', expected {x0}, {y0}",
+        ),
+        ({"box": {"text": BoxFormat().text, "decimals": 9}}, "box.decimals: expected `int` <= 4"),
         (
             {"box": {"text": BoxFormat().text, "decimals": 2}, "coordinates": "model"},
             "expected null where coordinates is 'model'",
         ),
-        ({"select": 3}, "field select is 3, expected one of"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0, expected 1 to "),
-        ({"fit": "squash"}, "field image.fit is 'squash', expected one of"),
+        ({"select": 3}, "select: expected `str`, got `int`"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected `int` >= 1"),
+        ({"fit": "squash"}, "image.fit: invalid enum value 'squash', expected one of crop"),
     ],
 )
 def test_bad_declaration(broken: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -122,7 +122,7 @@ def notes(random: Random, folder: Path) -> None:
         packed.verify(bundle)
     except InputError:
         pass
-    use(bundle)
+    use(bundle, ask=random.random() < 0.2)
 
 
 def graphs(random: Random, folder: Path) -> None:

@@ -432,6 +432,19 @@ def test_what_is_no_file_of_the_folder_is_not_opened(
     assert f"{name} is " in refused(folder)
 
 
+def test_a_snapshot_of_the_hubs_cache_opens(tiny_bundle: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "c0ffee"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for i, file in enumerate(sorted(tiny_bundle.iterdir())):
+        shutil.copy(file, blobs / f"{i}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+    assert Bundle.open(snapshot, threads=1).manifest == read_manifest(tiny_bundle)[0]
+    (snapshot / "tokenizer.json").unlink()
+    (snapshot / "tokenizer.json").symlink_to(tiny_bundle / "tokenizer.json")
+    assert "tokenizer.json is a link to a file elsewhere" in refused(snapshot)
+
+
 def test_links_within_the_folder_and_to_it_are_followed(folder: Path, manifest: Manifest) -> None:
     (folder / "decoder.onnx").rename(folder / "renamed")
     (folder / "decoder.onnx").symlink_to("renamed")

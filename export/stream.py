@@ -33,7 +33,6 @@ from dualfocus.export.verify import Difference, TorchDecoder, Trial
 from dualfocus.export.vision import PARTS, export_vision, read_tower, store_vision
 from dualfocus.runtime.engines import Floats
 from dualfocus.runtime.manifest import ON_DEVICE, Manifest
-from dualfocus.runtime.tokenizer import parse
 
 Watch = Callable[[str, int, int], object]  # what is being done, how many weights are done, and of how many
 
@@ -65,9 +64,6 @@ class Export:
     ) -> None:
         self._checkpoint, self._manifest, self._folder = checkpoint, manifest, folder
         self._say, self._watch = progress, watch
-        # as a bundle's is opened: one that could not be is refused here, and what is never used is left out
-        text = checkpoint.tokenizer.to_str().encode()
-        self._tokenizer = parse(text, manifest.decoder.vocabulary, ExportError, "the checkpoint's tokenizer")
         self._sizes = {name: math.prod(checkpoint.weights.shapes[name]) for name in checkpoint.names}
         self._done = 0
         # float16 stored as float16 is what it was
@@ -164,8 +160,8 @@ class Export:
         self._tell("embeddings", EMBEDDINGS)
         table = weights.read(EMBEDDINGS).numpy()
         np.save(folder / "embeddings.npy", table.astype(np.float16) if self._has_half_embeddings else table)
-        self._tokenizer.save(str(folder / "tokenizer.json"))
-        self._keep(0, Trial.begin(manifest, self._tokenizer, table, features, self._seed))
+        self._checkpoint.tokenizer.save(str(folder / "tokenizer.json"))
+        self._keep(0, Trial.begin(manifest, self._checkpoint.tokenizer, table, features, self._seed))
 
     def _export_decoder(self, first: int) -> None:
         """The layers from `first` on, and the head."""

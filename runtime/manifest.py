@@ -206,7 +206,7 @@ class Manifest:
             raise BundleError(f"bundle format {version!r:.60}, expected {FORMAT_VERSION}: {step}")
         manifest = convert(raw, cls, BundleError, "manifest.json")
         if unknown := _unknown(raw, manifest.to_dict()):
-            raise BundleError(f"manifest.json: {unknown} is not a field of this format")
+            raise BundleError(f"manifest.json: unknown field {unknown!r:.80}")
         manifest.prompts.check()
         manifest._check_box()
         manifest._check_tokens()
@@ -238,7 +238,7 @@ def _unknown(raw: Mapping[str, Any], known: Mapping[str, Any], path: str = "") -
     """The first field of `raw`, by its path, that is not in `known`."""
     for name, value in raw.items():
         if name not in known:
-            return f"{path}{name!r:.60}"
+            return f"{path}{name}"
         if isinstance(value, dict) and (found := _unknown(value, known[name], f"{path}{name}.")):
             return found
     return None

@@ -330,7 +330,7 @@ def _open_vision(path: Path, place: Place, features: tuple[int, int]) -> ort.Inf
     """A session on a vision encoder's graph. Where the file leaves `features` open, they are inferred."""
     session = _open(path, place)
     found = session.get_outputs()[0].shape[1:]
-    if any(isinstance(size, int) and size != of for size, of in zip(found, features, strict=True)):
+    if len(found) != 2 or any(found[i] != features[i] for i in (0, 1) if isinstance(found[i], int)):
         sizes, expected = (" x ".join(map(str, of)) for of in (found, features))
         raise BundleError(f"{path} makes features of {sizes}, expected {expected}")
     return session

@@ -416,7 +416,7 @@ def test_other_preprocessing(broken: Path, tmp_path: Path, changes: dict[str, An
     ("changes", "message"),
     [
         ({"promts": {}}, "dualfocus.json: unknown key 'promts', expected one of"),
-        ({"prompts": {"makro": "{T}"}}, "dualfocus.json: prompts.'makro' is not a field of this format"),
+        ({"prompts": {"makro": "{T}"}}, "dualfocus.json: unknown field 'prompts.makro'"),
         ({"prompts": []}, "dualfocus.json: prompts: expected `object`, got `array`"),
         ({"prompts": {"user": "USER:"}}, "dualfocus.json: prompts.user does not hold '{turn}' exactly once"),
         ({"prompts": {"micro": "{T}"}}, "dualfocus.json: prompts.micro does not hold '<image>' exactly once"),

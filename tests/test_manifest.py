@@ -117,7 +117,7 @@ def test_another_version(folder, version):
         ("decoder.layers", ..., "decoder: object missing required field `layers`"),
         ("decoder.layers", "2", "decoder.layers: expected `int`, got `str`"),
         ("decoder.layers", True, "decoder.layers: expected `int`, got `bool`"),
-        ("decoder.colour", 1, "decoder.'colour' is not a field of this format"),
+        ("decoder.colour", 1, "manifest.json: unknown field 'decoder.colour'"),
         (
             "decoder.dtype",
             "int4",
@@ -175,7 +175,7 @@ def test_another_version(folder, version):
         ("tokens.bos", -1, "tokens.bos: expected `int` >= 0"),
         ("tokens.bos", 10**6, "tokens.bos is 1000000, expected a token from 0 to "),
         ("source", {"a": {"b": [[]]}}, "source[...]: expected `str`, got `object`"),
-        ("x" * 5000, 1, "is not a field of this format"),
+        ("x" * 5000, 1, "manifest.json: unknown field 'xxx"),
         ("files", [], "files: expected `object`, got `array`"),
     ],
 )

@@ -96,7 +96,8 @@ def flip(file: Path) -> None:
 
 def move_away(file: Path) -> None:
     """Put a link in the place of a file."""
-    target = file.parent.parent.parent / f"moved {file.name}"
+    bundle = file.parent if file.name == "packed" else file.parent.parent
+    target = bundle.parent / f"moved {file.name}"
     file.rename(target)
     file.symlink_to(target)
 

@@ -331,7 +331,7 @@ def _open_vision(path: Path, place: Place, features: tuple[int, int]) -> ort.Inf
     session = _open(path, place)
     found = session.get_outputs()[0].shape[1:]
     if len(found) != 2 or any(found[i] != features[i] for i in (0, 1) if isinstance(found[i], int)):
-        sizes, expected = (" x ".join(map(str, of)) for of in (found, features))
+        sizes, expected = (" x ".join(map(str, of)) or "no size" for of in (found, features))
         raise BundleError(f"{path} makes features of {sizes}, expected {expected}")
     return session
 

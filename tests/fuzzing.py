@@ -560,8 +560,10 @@ def _main() -> NoReturn:
     if rest[0] == "--answer-to":
         _serve(name, target, prepare, int(rest[1]))
     else:
-        folder = Path(tempfile.mkdtemp(prefix="case"))
+        os.chdir(tempfile.mkdtemp(prefix="fuzzing"))
         prepare()
+        folder = Path("case").absolute()
+        folder.mkdir()
         print(folder, flush=True)
         target(Random(f"{name} {int(rest[0])}"), folder)
     sys.exit(0)

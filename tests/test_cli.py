@@ -366,7 +366,7 @@ def test_bad_bundles(photo, bundle, tmp_path):
     (broken / "vision.onnx").unlink()
     assert "vision.onnx is missing" in refused(run("ask", photo, "What?", "--bundle", broken))
     assert "not a folder" in refused(run("ask", photo, "What?", "--bundle", tmp_path / "none"))
-    assert "no manifest.json" in refused(run("ask", photo, "What?", "--bundle", tmp_path))
+    assert "without manifest.json" in refused(run("ask", photo, "What?", "--bundle", tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ SOURCES := pyproject.toml setup.py $(wildcard kernels/*.c kernels/*.cu kernels/*
 AARCH64 := build/aarch64
 CUDA := build/cuda
 
-.PHONY: demo test test-slow test-aarch64 wheel-aarch64 test-cuda jetson clean
+.PHONY: demo test test-slow fuzz test-aarch64 wheel-aarch64 test-cuda jetson clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dualfocus ask examples/scene.png "$$(cat examples/scene.txt)" --show examples/scene.answer.png
@@ -18,6 +18,11 @@ test: $(VENV)/.test
 
 test-slow: $(VENV)/.test
 	$(BIN)/pytest -m slow
+
+# Ten times the damaged files that the slow tests try; more with `make fuzz FUZZ=100`.
+fuzz: export FUZZ ?= 10
+fuzz: $(VENV)/.test
+	$(BIN)/pytest -m slow tests/test_fuzz_*.py
 
 # Elsewhere than on 64-bit ARM it is cross-compiled. Of Python's headers those of this machine do: with the limited
 # API, what they say of sizes holds for 64-bit ARM as it does for x86-64.

@@ -323,7 +323,7 @@ def inspect(
             told = {"budget": parts, "opening_ms": opening} if budget else {}
             print(json.dumps(manifest.to_dict() | told, indent=2))
         else:
-            is_packed = packed.graphs(bundle, digest) != bundle
+            is_packed = packed.find(bundle, digest) is not None
             _print_manifest(manifest, parts, opening, verified=verify, is_packed=is_packed)
 
 
@@ -351,7 +351,6 @@ def pack(
         from dualfocus.runtime import bundle as bundles
         from dualfocus.runtime import devices, packed, registry
         from dualfocus.runtime.errors import DeviceError
-        from dualfocus.runtime.manifest import ON_DEVICE
 
         manifest, digest = bundles.read_manifest(bundle)
         chosen = registry.choose(devices.parse(device), manifest.target)
@@ -371,7 +370,7 @@ def pack(
             waiting = _Waiting()
             with waiting:
                 waiting.say("packing")
-                folder = packed.pack(bundle, digest, chosen, half=manifest.target in ON_DEVICE)
+                folder = packed.pack(bundle, manifest, digest, chosen)
             alone = "this machine and ONNX Runtime alone"
         size = sum(path.stat().st_size for path in folder.iterdir())
         _console().print(_text(f"{folder}: {size / 1e6:.1f} MB, for {alone}"))

@@ -81,7 +81,7 @@ def run(
         starts = {name: start(name) for name in ("first start", "second start")}
         watch("packing", 0, 1)
         begin = time.perf_counter()
-        folder = pack(bundle, digest)
+        folder = pack(bundle, manifest, digest)
         packed = {"seconds": time.perf_counter() - begin, "bytes": _size(folder)}
         starts |= {name: start(name) for name in ("packed, first start", "packed, second start")}
     return result | {"starts": starts, "packed": packed}

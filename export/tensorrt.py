@@ -9,13 +9,15 @@ TensorRT builds on the GPU that it builds for, by timing kernels there; what it 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from dualfocus.export.errors import ExportError
+from dualfocus.runtime import contents, graph
 from dualfocus.runtime.bundle import read_manifest
 from dualfocus.runtime.manifest import DecoderSpec
 from dualfocus.runtime.tensorrt import (
@@ -77,24 +79,20 @@ def build_engines(
         VISION: ("vision.onnx", [{"batch": (1, 1, pictures)}]),
         DECODER: ("decoder.onnx", decoder_profiles(spec, reach, tokens)),
     }
-    folder, unfinished = path / FOLDER, path / f".{FOLDER}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    if (folder / TIMING).is_file():
-        shutil.copy(folder / TIMING, unfinished)
-    try:
-        for name, (graph, of_graph) in profiles.items():
-            plan = _Plan(path / graph)
+    contents.verify(path, manifest.files)
+    graph.check(path, manifest, manifest.files)
+    folder = path / FOLDER
+    with contents.replacing(folder) as new:
+        if (folder / TIMING).is_file():
+            shutil.copy(folder / TIMING, new)
+        for name, (file, of_graph) in profiles.items():
+            plan = _Plan(path / file)
             plan.configure(gpu, workspace, watch)
-            (unfinished / name).write_bytes(plan.build(of_graph, unfinished / TIMING))
-        sizes = {name: (unfinished / name).stat().st_size for name in profiles}
+            (new / name).write_bytes(plan.build(of_graph, new / TIMING))
         built_for = Gpu("any", gpu.capability) if IS_RTX else gpu
-        note = Note(digest, LIBRARY, VERSION, built_for, reach, sizes)
-        (unfinished / NOTE).write_text(json.dumps(note.to_dict(), indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        files = {name: entry for name, entry in contents.entries(new).items() if name in profiles}
+        note = Note(digest, LIBRARY, VERSION, built_for, reach, files)
+        (new / NOTE).write_bytes(msgspec.json.format(msgspec.json.encode(note)) + b"\n")
     return folder
 
 

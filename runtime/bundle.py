@@ -1,40 +1,43 @@
 """A bundle on disk: checked, then opened.
 
-Opening reads the manifest and compares every file's size, and of a bundle of up to `HASHED_BYTES` the
-hashes too, which takes milliseconds. Larger ones start fast; `verify` hashes their files.
+Opening reads the manifest, compares every file's size, and the hashes of what it opens up to
+`contents.HASHED_BYTES`. It looks into graphs and tokenizer before a library does. `verify` hashes all files.
+What a bundle from elsewhere can do is in docs/security.md.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from dualfocus.kernels import cuda
-from dualfocus.runtime import devices, packed, registry
+from dualfocus.runtime import contents, devices, foreign, graph, packed, registry
 from dualfocus.runtime.devices import Device
-from dualfocus.runtime.embeddings import DeviceEmbeddings, Embeddings, HostEmbeddings
+from dualfocus.runtime.embeddings import DeviceEmbeddings, Embeddings, HostEmbeddings, open_table
 from dualfocus.runtime.engines import Array, Decoder, DeviceDecoder, HostDecoder, VisionEncoder
 from dualfocus.runtime.errors import BundleError
+from dualfocus.runtime.files import decode_json, read_bytes
 from dualfocus.runtime.geometry import Crop
 from dualfocus.runtime.grammar import BoxGrammar
 from dualfocus.runtime.image import Picture, view, view_on_device
 from dualfocus.runtime.manifest import ON_DEVICE, Manifest
+from dualfocus.runtime.tokenizer import open_tokenizer
 
 Seen = Sequence[tuple[Picture, Crop]]
 
 BUILT_IN = Path(__file__).parent.parent / "models" / "nano"
-HASHED_BYTES = 64_000_000
-_REQUIRED = ("vision.onnx", "decoder.onnx", "embeddings.npy", "tokenizer.json")
+MANIFEST, MANIFEST_LIMIT = "manifest.json", 1 << 20  # bytes
+_REQUIRED = (graph.VISION, graph.DECODER, "embeddings.npy", "tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -82,14 +85,16 @@ class Bundle:
         BundleError; DeviceError if the device does not work or cannot run the bundle; EngineError if ONNX
         Runtime is not installed.
         """
-        path = Path(path)
-        wanted = devices.parse(device)
         manifest, digest = read_manifest(path)
-        if sum(entry.size for entry in manifest.files.values()) <= HASHED_BYTES:
-            verify(path, manifest)
-        tokenizer = _open_tokenizer(path, manifest)
-        embeddings: Embeddings = HostEmbeddings(_open_table(path, manifest))
-        chosen = registry.choose(wanted, manifest.target)
+        path = Path(path)
+        chosen = registry.choose(devices.parse(device), manifest.target)
+        pack = packed.find(path, digest, chosen)
+        graphs, listed = pack or (path, manifest.files)
+        opened = _REQUIRED[2:] if pack or chosen.kind == "tensorrt" else manifest.files
+        contents.verify(path, {name: manifest.files[name] for name in opened}, contents.HASHED_BYTES)
+        tokenizer = open_tokenizer(path / "tokenizer.json", manifest.decoder.vocabulary)
+        table = open_table(path / "embeddings.npy", manifest.decoder.vocabulary, manifest.decoder.hidden)
+        embeddings: Embeddings = HostEmbeddings(table)
 
         image, spec = manifest.image, manifest.decoder
         vision: VisionEncoder
@@ -113,11 +118,11 @@ class Bundle:
 
         from dualfocus.runtime import onnx
 
+        graph.check(graphs, manifest, listed)
         threads_used, alone = onnx.Threads(threads, spin), Lock()
-        graphs = packed.graphs(path, digest, chosen)
-        files = graphs / "vision.onnx", graphs / "decoder.onnx"
+        files = graphs / graph.VISION, graphs / graph.DECODER
         if manifest.target in ON_DEVICE:
-            cache = graphs / packed.CACHE if graphs != path else None
+            cache = graphs / packed.CACHE if pack else None
             place = onnx.Place(chosen, threads_used, aside, half=True, cache=cache)
             vision = onnx.OnnxDeviceVisionEncoder(files[0], image, spec.hidden, place)
             place = replace(place, stream=ordered, captures_steps=chosen.kind != "cpu", alone=alone)
@@ -130,72 +135,34 @@ class Bundle:
         return cls(path, manifest, digest, chosen, vision, decoder, tokenizer, embeddings, viewer, alone)
 
 
-def read_manifest(path: Path) -> tuple[Manifest, str]:
-    """The manifest of the bundle at `path` and its SHA-256, after comparing every file's size."""
-    if not os.path.isdir(path):  # unlike Path.is_dir, it raises nothing
-        raise BundleError(f"{path} is not a folder, expected a bundle")
-    try:
-        text = (path / "manifest.json").read_bytes()
-    except FileNotFoundError:
-        raise BundleError(f"{path} holds no manifest.json, so it is not a bundle") from None
-    except OSError as error:
-        raise BundleError(f"{path / 'manifest.json'} cannot be read: {error.strerror}") from None
-    try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path / 'manifest.json'} is not JSON: {error}") from None
+def read_manifest(path: Path | str) -> tuple[Manifest, str]:
+    """The manifest of the bundle at `path` and its SHA-256, after comparing every file's size.
+
+    Raises BundleError; what is given in place of a bundle is named, where it is recognised.
+    """
+    given = str(path)
+    if isinstance(path, Path):  # which makes one slash of two
+        given = re.sub(r"^([a-zA-Z][a-zA-Z0-9+.-]+:/)(?=[^/])", r"\1/", given)
+    path = Path(path)
+    if not given or not os.path.lexists(path / MANIFEST):
+        raise foreign.refusal(given)
+    text = read_bytes(contents.find(path, MANIFEST), BundleError, limit=MANIFEST_LIMIT)
+    raw = decode_json(text, dict[str, Any], BundleError, str(path / MANIFEST))
     try:
         manifest = Manifest.from_dict(raw)
+        for name in _REQUIRED:
+            if name not in manifest.files:
+                raise BundleError(f"manifest.json lists no {name}")
     except BundleError as error:
         raise BundleError(f"{path}: {error}") from None
-    for name in _REQUIRED:
-        if name not in manifest.files:
-            raise BundleError(f"{path}: manifest.json lists no {name}")
-    for name, entry in manifest.files.items():
-        file = path / name
-        if Path(name).name != name:  # a bundle says nothing about files outside its folder
-            raise BundleError(f"{path}: manifest.json lists {name!r}, expected a plain file name")
-        if not os.path.isfile(file):
-            raise BundleError(f"{file} is missing")
-        if (size := file.stat().st_size) != entry.size:
-            raise BundleError(f"{file} has {size} bytes, expected {entry.size}: the bundle is damaged")
+    contents.check(path, manifest.files)
     return manifest, hashlib.sha256(text).hexdigest()
 
 
 def verify(path: Path, manifest: Manifest) -> None:
-    """Read every file of the bundle at `path`; raises BundleError if one is not what was exported."""
-    for name, entry in manifest.files.items():
-        with (path / name).open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != entry.sha256:
-            raise BundleError(f"{path / name} has SHA-256 {found}, expected {entry.sha256}")
+    """Read every file of the bundle at `path`, and what was made of it for this or another machine.
 
-
-def _open_tokenizer(path: Path, manifest: Manifest) -> Tokenizer:
-    file = path / "tokenizer.json"
-    try:
-        tokenizer: Tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
-        raise BundleError(f"{file} is not a tokenizer: {error}") from None
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    if highest >= manifest.decoder.vocabulary:
-        raise BundleError(
-            f"{file} gives ids up to {highest}, the decoder knows {manifest.decoder.vocabulary} tokens"
-        )
-    return tokenizer
-
-
-def _open_table(path: Path, manifest: Manifest) -> npt.NDArray[np.float32 | np.float16]:
-    """(vocabulary, hidden), memory-mapped."""
-    file = path / "embeddings.npy"
-    try:
-        table = np.lib.format.open_memmap(file, mode="r")  # np.load would take an archive too
-    except ValueError as error:
-        raise BundleError(f"{file} is not an array: {error}") from None
-    shape = (manifest.decoder.vocabulary, manifest.decoder.hidden)
-    if table.dtype not in (np.float32, np.float16) or table.shape != shape:
-        raise BundleError(
-            f"{file} is {table.dtype} of shape {table.shape}, expected float32 or float16 {shape}"
-        )
-    checked: npt.NDArray[np.float32 | np.float16] = table
-    return checked
+    Raises BundleError if one is not what was written.
+    """
+    contents.verify(path, manifest.files)
+    packed.verify(path)

@@ -74,8 +74,7 @@ def parse(text: str) -> Device | None:
     found = re.fullmatch(rf"({kinds})(?::(\d{{1,3}}))?", text)
     if found is None or (found[1] == "cpu" and found[2]):
         raise DeviceError(
-            f"there is no device {text!r}, expected auto, cpu, cuda, tensorrt or tensorrt-rtx, a GPU's "
-            "number behind the last three, such as cuda:1"
+            f"unknown device {text!r:.60}: expected auto, cpu, cuda[:N], tensorrt[:N] or tensorrt-rtx[:N]"
         )
     return Device(found[1], int(found[2] or 0))  # type: ignore[arg-type]
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from dualfocus.runtime.engines import Array, Floats, TokenIds
+from dualfocus.runtime.errors import BundleError
 from dualfocus.runtime.turns import Token
+
+# An array's file as NumPy writes it: version 1, the header's length in two bytes, the header.
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00(?s:(?P<length>..))"
+    rb"\{'descr': '<f(?P<bytes>[24])', 'fortran_order': False, "
+    rb"'shape': \((?P<rows>\d{1,9}), (?P<columns>\d{1,9})\), \} *\n"
+)
+_LONGEST = 512  # bytes of a header, padding included
 
 _Input = TypeVar("_Input", covariant=True)  # a decoder's
 
@@ -23,6 +34,21 @@ class EmbeddingsOf(Protocol[_Input]):
 
 
 Embeddings = EmbeddingsOf[Any]  # of either kind
+
+
+def open_table(path: Path, rows: int, columns: int) -> npt.NDArray[np.float32 | np.float16]:
+    """The array in the file `path`, (rows, columns) float32 or float16, memory-mapped. Raises BundleError."""
+    with path.open("rb") as file:
+        header = _HEADER.match(file.read(_LONGEST))
+    if header is None or header.end() != 10 + int.from_bytes(header["length"], "little"):
+        raise BundleError(f"{path} is not an array as exports write it: .npy, version 1, float32 or float16")
+    dtype = np.dtype(f"<f{header['bytes'].decode()}")
+    found = int(header["rows"]), int(header["columns"])
+    if found != (rows, columns):
+        raise BundleError(f"{path} is {dtype} of shape {found}, expected {(rows, columns)}")
+    if (size := path.stat().st_size) != (expected := header.end() + rows * columns * dtype.itemsize):
+        raise BundleError(f"{path} has {size} bytes, expected {expected} for {dtype} of shape {found}")
+    return np.memmap(path, dtype, "r", header.end(), found)
 
 
 @dataclass(frozen=True)

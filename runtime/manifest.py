@@ -15,14 +15,15 @@ Head counts, sizes, dtypes, prompts and coordinates come from here and from nowh
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-import types
-import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
 
 from dualfocus.runtime.errors import BundleError
+from dualfocus.runtime.files import convert
 
 FORMAT_VERSION = 4
 
@@ -38,23 +39,35 @@ ON_DEVICE: tuple[Target, ...] = (
 )  # graphs of token ids, computing in float16
 STANDARD: tuple[Target, ...] = ("onnx-standard", "tensorrt")  # a decoder of standard operators alone
 
+# Bounds, so that no damaged number or text costs all memory or time.
+Count = Annotated[int, Meta(ge=1, le=1 << 24)]
+Layers = Annotated[int, Meta(ge=1, le=1 << 10)]
+TokenId = Annotated[int, Meta(ge=0, lt=1 << 24)]
+Unit = Annotated[float, Meta(ge=0, le=1)]
+Deviation = Annotated[float, Meta(ge=1e-3, le=1e3)]
+Text = Annotated[str, Meta(max_length=20_000)]
+FileName = Annotated[str, Meta(min_length=1, max_length=255)]
+
 
 @dataclass(frozen=True)
 class FileEntry:
     """One file of the bundle: its size is checked at every opening, its hash by `inspect --verify`."""
 
-    size: int
-    sha256: str
+    size: Annotated[int, Meta(ge=0, le=1 << 45)]
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+Files = Annotated[dict[FileName, FileEntry], Meta(max_length=1000)]
 
 
 @dataclass(frozen=True)
 class ImageSpec:
     """How a picture becomes `size` x `size` pixels, and how many tokens those become."""
 
-    size: int
-    tokens: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    size: Count
+    tokens: Count
+    mean: tuple[Unit, Unit, Unit]
+    std: tuple[Deviation, Deviation, Deviation]
     # "pad": to a square with the mean colour; "crop": shortest edge to `size`, then centre crop; "stretch":
     # each side to `size`
     fit: Fit
@@ -86,13 +99,13 @@ class DecoderSpec:
     f32, its logit, and ``logsumexp`` (B, K) f32.
     """
 
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    vocabulary: int
-    context: int  # tokens the positions reach
+    layers: Layers
+    hidden: Count
+    heads: Count
+    kv_heads: Count
+    head_size: Count
+    vocabulary: Count
+    context: Count  # tokens the positions reach
     dtype: CacheType  # of keys and values
     ragged_append: bool  # appends of S > 1 to a non-empty cache in batches > 1
 
@@ -105,15 +118,15 @@ class Prompts:
     answered, ``reply`` with {answer}; ``image`` marks where an image's tokens stand.
     """
 
-    system: str
-    user: str
-    reply: str
-    image: str
-    macro: str
-    locate: str
-    micro: str
-    select: str
-    hint: str  # appended to a one-line question as its second line; empty where the model needs none
+    system: Text
+    user: Text
+    reply: Text
+    image: Text
+    macro: Text
+    locate: Text
+    micro: Text
+    select: Text
+    hint: Text  # appended to a one-line question as its second line; empty where the model needs none
 
     def check(self) -> None:
         """Raise BundleError if a placeholder is missing, a turn does not show exactly one image, or no end
@@ -122,15 +135,11 @@ class Prompts:
         holders |= dict.fromkeys(("macro", "locate", "micro", "select"), self.image)
         for name, holder in holders.items():
             if not holder or getattr(self, name).count(holder) != 1:
-                raise BundleError(
-                    f"manifest.json: field prompts.{name} does not hold {holder!r} exactly once"
-                )
+                raise BundleError(f"manifest.json: prompts.{name} does not hold {holder!r:.60} exactly once")
         if self.image in self.user:
-            raise BundleError(f"manifest.json: field prompts.user holds {self.image!r}, which is the turn's")
+            raise BundleError(f"manifest.json: prompts.user holds {self.image!r:.60}, which is the turn's")
         if self.reply.endswith("{answer}"):
-            raise BundleError(
-                "manifest.json: field prompts.reply ends with '{answer}', not with an end token"
-            )
+            raise BundleError("manifest.json: prompts.reply ends with '{answer}', not with an end token")
 
 
 @dataclass(frozen=True)
@@ -140,8 +149,8 @@ class BoxFormat:
     `text` has the placeholders {x0}, {y0}, {x1}, {y1}, each a number of `decimals` places in 0..1.
     """
 
-    text: str = "[{x0}, {y0}, {x1}, {y1}]"
-    decimals: int = 2
+    text: Text = "[{x0}, {y0}, {x1}, {y1}]"
+    decimals: Annotated[int, Meta(ge=1, le=4)] = 2
 
     def write(self, x0: float, y0: float, x1: float, y1: float) -> str:
         """The reply that names this box."""
@@ -157,16 +166,14 @@ class BoxFormat:
                 "{x0}, {y0}, {x1}, {y1} once each in this order, with commas between and no digits around"
             )
             raise _wrong("box.text", self.text, expected)
-        if not 1 <= self.decimals <= 4:
-            raise _wrong("box.decimals", self.decimals, "1 to 4")
 
 
 @dataclass(frozen=True)
 class TokenSpec:
     """Special tokens: `bos` opens every dialogue (None: nothing does), any of `eos` ends a reply."""
 
-    bos: int | None
-    eos: tuple[int, ...]
+    bos: TokenId | None
+    eos: Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=1000)]
 
 
 @dataclass(frozen=True)
@@ -174,9 +181,9 @@ class Manifest:
     """Everything a bundle says about itself."""
 
     format_version: int
-    name: str
-    created_by: str  # "dualfocus 0.1.0"
-    source: dict[str, str]  # where the weights came from: checkpoint, architecture, revision …
+    name: Text
+    created_by: Text  # "dualfocus 0.1.0"
+    source: dict[Text, Text]  # where the weights came from: checkpoint, architecture, revision …
     precision: Precision  # of the weights; what goes in and out is float32, `ON_DEVICE` float16
     target: Target  # what the graphs are made for, which says their operators and the decoder's inputs
     image: ImageSpec
@@ -186,23 +193,23 @@ class Manifest:
     coordinates: CoordinateSpace  # what the model's box numbers are fractions (or pixels) of
     box: BoxFormat | None  # None: box replies are decoded freely, as pixels ("model") always are
     select: SelectRule
-    max_new_tokens: int
-    files: dict[str, FileEntry]
+    max_new_tokens: Count
+    files: Files
 
     @classmethod
-    def from_dict(cls, raw: object) -> Manifest:
+    def from_dict(cls, raw: Mapping[str, Any]) -> Manifest:
         """Build from parsed JSON. Raises BundleError naming the first field that is wrong."""
-        if not isinstance(raw, dict):
-            raise BundleError(f"manifest.json holds a {type(raw).__name__}, expected an object")
         version = raw.get("format_version")
         if version != FORMAT_VERSION:
             newer = isinstance(version, int) and version > FORMAT_VERSION
-            hint = "; a newer dualfocus can read it" if newer else ""
-            raise BundleError(f"bundle format version {version!r}, expected {FORMAT_VERSION}{hint}")
-        manifest: Manifest = _build(cls, raw, "")
+            step = "update dualfocus" if newer else "export it again with `dualfocus export …`"
+            raise BundleError(f"bundle format {version!r:.60}, expected {FORMAT_VERSION}: {step}")
+        manifest = convert(raw, cls, BundleError, "manifest.json")
+        if unknown := _unknown(raw, manifest.to_dict()):
+            raise BundleError(f"manifest.json: unknown field {unknown!r:.80}")
         manifest.prompts.check()
         manifest._check_box()
-        manifest._check_numbers()
+        manifest._check_tokens()
         return manifest
 
     def _check_box(self) -> None:
@@ -214,76 +221,28 @@ class Manifest:
             )
         self.box.check()
 
-    def _check_numbers(self) -> None:
-        """Raise BundleError for a number of the right type that no model has."""
-        image, decoder = self.image, self.decoder
-        counts = {
-            "image.size": image.size,
-            "image.tokens": image.tokens,
-            "max_new_tokens": self.max_new_tokens,
-        }
-        sizes = dataclasses.asdict(decoder).items()
-        counts |= {f"decoder.{name}": size for name, size in sizes if type(size) is int}
-        for name, number in counts.items():  # bounds, so that no damaged number costs all memory or time
-            most = 1 << 10 if name == "decoder.layers" else 1 << 24
-            if not 1 <= number <= most:
-                raise _wrong(name, number, f"1 to {most}")
-        for i, mean in enumerate(image.mean):
-            if not 0 <= mean <= 1:  # so that the pad colour is one
-                raise _wrong(f"image.mean.{i}", mean, "0 to 1")
-        for i, std in enumerate(image.std):
-            if not 0 < std < math.inf:
-                raise _wrong(f"image.std.{i}", std, "a number above 0")
-        if not self.tokens.eos:
-            raise _wrong("tokens.eos", [], "one token or more")
-        if self.tokens.bos is not None and not 0 <= self.tokens.bos < decoder.vocabulary:
-            raise _wrong("tokens.bos", self.tokens.bos, f"a token below {decoder.vocabulary}")
+    def _check_tokens(self) -> None:
+        most = self.decoder.vocabulary - 1
+        if self.tokens.bos is not None and self.tokens.bos > most:
+            raise _wrong("tokens.bos", self.tokens.bos, f"a token from 0 to {most}")
+        for i, token in enumerate(self.tokens.eos):
+            if token > most:
+                raise _wrong(f"tokens.eos.{i}", token, f"a token from 0 to {most}")
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; ``from_dict(to_dict(m)) == m``."""
         return dataclasses.asdict(self)
 
 
-def _build(kind: Any, raw: Any, path: str) -> Any:
-    """Check `raw` against the annotation `kind` and build it; `path` names the field in errors."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(raw, dict):
-            raise _wrong(path, raw, "an object")
-        hints = typing.get_type_hints(kind)
-        for name in raw:
-            if name not in hints:
-                raise BundleError(f"manifest.json: unknown field {path}{name}")
-        for name in hints:
-            if name not in raw:
-                raise BundleError(f"manifest.json: field {path}{name} is missing")
-        values = {name: _build(hint, raw[name], f"{path}{name}.") for name, hint in hints.items()}
-        return kind(**values)  # type: ignore[operator]
-    if origin is Literal:
-        if raw not in args:
-            raise _wrong(path, raw, "one of " + ", ".join(map(str, args)))
-        return raw
-    if origin is types.UnionType:
-        return None if raw is None else _build(args[0], raw, path)
-    if origin is tuple:
-        variadic = args[-1] is Ellipsis
-        if not isinstance(raw, list | tuple) or (not variadic and len(raw) != len(args)):
-            raise _wrong(path, raw, "a list" if variadic else f"a list of {len(args)}")
-        return tuple(_build(args[0], item, f"{path}{i}.") for i, item in enumerate(raw))
-    if origin is dict:
-        if not isinstance(raw, dict):
-            raise _wrong(path, raw, "an object")
-        return {name: _build(args[1], item, f"{path}{name}.") for name, item in raw.items()}
-    if kind is float and type(raw) is int and abs(raw) < 1 << 53:
-        return float(raw)
-    if type(raw) is not kind:  # not isinstance: True is no layer count
-        raise _wrong(
-            path, raw, {int: "an integer", float: "a number", str: "text", bool: "true or false"}[kind]
-        )
-    if kind is str and not raw.isascii() and any("\ud800" <= c <= "\udfff" for c in raw):
-        raise _wrong(path, raw, "text without surrogates")
-    return raw
+def _unknown(raw: Mapping[str, Any], known: Mapping[str, Any], path: str = "") -> str | None:
+    """The first field of `raw`, by its path, that is not in `known`."""
+    for name, value in raw.items():
+        if name not in known:
+            return f"{path}{name}"
+        if isinstance(value, dict) and (found := _unknown(value, known[name], f"{path}{name}.")):
+            return found
+    return None
 
 
 def _wrong(path: str, raw: object, expected: str) -> BundleError:
-    return BundleError(f"manifest.json: field {path.rstrip('.')} is {raw!r:.60}, expected {expected}")
+    return BundleError(f"manifest.json: {path} is {raw!r:.60}, expected {expected}")

@@ -33,8 +33,8 @@ VERSION: str = ort.__version__
 # ONNX Runtime never frees a captured CUDA graph, so capture only rows that live longer than a reply.
 CAPTURE_AFTER = 256  # steps over the same rows
 NO_CAPTURE = -1  # the graph id of a run that is neither captured nor replayed
-
-Shapes = dict[str, list[int | None]]  # by name; None: any size
+SILENT = 4  # a logger's severity: what goes wrong is raised, and nothing is to be printed besides
+ort.set_default_logger_severity(SILENT)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def save_packed(source: Path, target: Path, device: Device, *, half: bool) -> No
 
 def _options(threads: Threads, *, half: bool = False) -> ort.SessionOptions:
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = SILENT
     if threads.number is not None:
         options.intra_op_num_threads = threads.number
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(threads.spin)))
@@ -128,7 +128,7 @@ def _rtx_devices() -> list[Any]:
     try:
         ort.register_execution_provider_library(name, rtx.get_library_path())
     except Exception as error:  # ONNX Runtime's exceptions have no common base but this
-        raise DeviceError(str(error).splitlines()[0]) from None
+        raise DeviceError(_reason(error)) from None
     found = [device for device in ort.get_ep_devices() if device.ep_name == name]
     if not found:
         raise DeviceError(f"{name} takes none of the GPUs here")
@@ -176,34 +176,27 @@ def _session(path: Path, options: ort.SessionOptions, place: Place) -> ort.Infer
             options.add_provider_for_devices([_rtx_devices()[device.index]], chosen)
             return ort.InferenceSession(path, options)
         providers = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-        session = ort.InferenceSession(path, options, providers=[(providers[device.kind], chosen)])
+        of_device = [(providers[device.kind], chosen)]
+        # with a fallback it would print that it falls back
+        session = ort.InferenceSession(path, options, providers=of_device, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions have no common base but this
-        reason = str(error).splitlines()[0]
-        raise BundleError(f"{path} cannot be opened by ONNX Runtime {VERSION}: {reason}") from None
+        raise _failure(f"{path} cannot be opened by ONNX Runtime {VERSION}", error) from None
     if (first := session.get_providers()[0]) != providers[device.kind]:
         raise DeviceError(f"{device} does not work here: ONNX Runtime {VERSION} fell back to {first}")
     return session
 
 
-def _open(path: Path, place: Place, inputs: Shapes, outputs: Shapes) -> ort.InferenceSession:
-    """A session on the graph at `path`. It must have exactly these `inputs`, and at least these `outputs`."""
-    session = _session(path, _options(place.threads, half=place.half), place)
-    for kind, nodes, expected in (
-        ("input", session.get_inputs(), inputs),
-        ("output", session.get_outputs(), outputs),
-    ):
-        found = {node.name: node.shape for node in nodes}
-        for name, shape in expected.items():
-            if name not in found:
-                raise BundleError(f"{path} has no {kind} {name}, which the manifest promises")
-            sizes = [size if isinstance(size, int) else None for size in found[name]]
-            matches = (size in (None, wanted) for size, wanted in zip(sizes, shape, strict=False))
-            if len(sizes) != len(shape) or not all(matches):
-                raise BundleError(f"{path}: {kind} {name} has shape {found[name]}, the manifest says {shape}")
-    for node in session.get_inputs():
-        if node.name not in inputs:
-            raise BundleError(f"{path} has an input {node.name}, of which the manifest says nothing")
-    return session
+def _failure(what: str, error: Exception) -> BundleError | MemoryError:
+    """What to raise for an exception of ONNX Runtime, which tells a lack of memory in its message alone."""
+    text = str(error)
+    if any(sign in text for sign in ("bad allocation", "bad_alloc", "allocate memory")):
+        return MemoryError(f"{what}: not enough memory")
+    return BundleError(f"{what}: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    """The first line of its message, in brief."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 class OnnxVisionEncoder:
@@ -216,14 +209,21 @@ class OnnxVisionEncoder:
     def __init__(
         self, path: Path, spec: ImageSpec, hidden: int, place: Place, *, one_by_one: bool = False
     ) -> None:
-        inputs: Shapes = {"pixel_values": [None, 3, spec.size, spec.size]}
-        self._session = _open(path, place, inputs, {"image_features": [None, spec.tokens, hidden]})
-        self._one_by_one = one_by_one
+        self._path, self._shape, self._one_by_one = path, (spec.tokens, hidden), one_by_one
+        self._session = _open_vision(path, place, self._shape)
 
     def encode(self, pixels: Floats) -> Floats:
         calls = np.split(pixels, len(pixels)) if self._one_by_one else [pixels]
-        encoded = [self._session.run(["image_features"], {"pixel_values": call})[0] for call in calls]
-        features: Floats = np.concatenate(encoded) if len(calls) > 1 else encoded[0]
+        encoded = [self._run(call) for call in calls]
+        return np.concatenate(encoded) if len(calls) > 1 else encoded[0]
+
+    def _run(self, pixels: Floats) -> Floats:
+        try:
+            features: Floats = self._session.run(["image_features"], {"pixel_values": pixels})[0]
+        except Exception as error:  # ONNX Runtime's exceptions have no common base but this
+            raise _failure(f"{self._path} cannot be run", error) from None
+        if features.shape != (expected := (len(pixels), *self._shape)):
+            raise BundleError(f"{self._path} makes features of shape {features.shape}, expected {expected}")
         return features
 
 
@@ -231,10 +231,9 @@ class OnnxDeviceVisionEncoder:
     """`engines.VisionEncoder` on ONNX Runtime, in float16; image tokens stay on the device."""
 
     def __init__(self, path: Path, spec: ImageSpec, hidden: int, place: Place) -> None:
-        inputs: Shapes = {"pixel_values": [None, 3, spec.size, spec.size]}
-        self._session = _open(path, place, inputs, {"image_features": [None, spec.tokens, hidden]})
-        self._place = place
+        self._path, self._place = path, place
         self._shape = spec.tokens, hidden
+        self._session = _open_vision(path, place, self._shape)
 
     def encode(self, pixels: Array) -> Array:
         memory, stream = self._place.device.memory, self._place.stream
@@ -244,7 +243,7 @@ class OnnxDeviceVisionEncoder:
             features = memory.empty((len(pixels), *self._shape), np.float16)
             _bind(binding.bind_input, "pixel_values", seen, self._place.device)
             _bind(binding.bind_output, "image_features", features, self._place.device)
-            _run(self._session, binding, self._place)
+            _run(self._session, binding, self._path, self._place)
         return features
 
 
@@ -252,6 +251,7 @@ class _OnSession(GraphDecoder[Input, Output]):
     """A decoder that binds memory to a session on its graph."""
 
     _session: ort.InferenceSession
+    _path: Path
     _place: Place
 
     def _new_binding(self) -> Any:
@@ -266,8 +266,8 @@ class OnnxDecoder(_OnSession[Floats, Floats]):
 
     def __init__(self, path: Path, spec: DecoderSpec, place: Place) -> None:
         super().__init__(spec)
-        self._place = place
-        self._session = _open_decoder(path, spec, place, {"inputs_embeds": [None, None, spec.hidden]})
+        self._session = _open(path, place)
+        self._path, self._place = path, place
 
     def _new_tokens(self, batch: int, longest: int) -> dict[str, npt.NDArray[Any]]:
         return {"inputs_embeds": np.zeros((batch, longest, self._spec.hidden), np.float32)}
@@ -283,7 +283,7 @@ class OnnxDecoder(_OnSession[Floats, Floats]):
     def _compute(self, call: Call, append: Append[Floats]) -> list[Floats]:
         logits = np.empty((*call.inputs["logits_at"].shape, self._spec.vocabulary), np.float32)
         self._bind(call.binding, "logits", logits, is_output=True)
-        self._session.run_with_iobinding(call.binding)
+        _run(self._session, call.binding, self._path, self._place)
         if len(logits) == 1:
             return [logits[0]]
         # copies, so that a row's logits do not keep those of the whole call
@@ -298,9 +298,8 @@ class OnnxDeviceDecoder(_OnSession[TokenIds, list[DeviceLogits]], DeviceGraphDec
 
     def __init__(self, path: Path, spec: DecoderSpec, place: Place) -> None:
         super().__init__(spec, place.device)
-        self._place, self._captured = place, 0
-        tokens: Shapes = {"tokens": [None, None], "images": [None, spec.hidden]}
-        self._session = _open_decoder(path, spec, place, tokens)
+        self._session = _open(path, place)
+        self._path, self._place, self._captured = path, place, 0
 
     def _total(self, call: Call, fullest: int, capacity: int) -> int:
         # a captured step keeps this value; it reads on the device how much of the cache is valid
@@ -309,7 +308,7 @@ class OnnxDeviceDecoder(_OnSession[TokenIds, list[DeviceLogits]], DeviceGraphDec
     def _execute(self, call: Call) -> None:
         """Run the graph; capture a step as a CUDA graph once it recurs, and replay it from then on."""
         if not self._place.captures_steps:
-            _run(self._session, call.binding, self._place)
+            _run(self._session, call.binding, self._path, self._place)
             return
         call.times += 1
         if call.is_step and call.times == CAPTURE_AFTER:
@@ -324,37 +323,38 @@ class OnnxDeviceDecoder(_OnSession[TokenIds, list[DeviceLogits]], DeviceGraphDec
         """Capture the call as CUDA graph `graph`, or replay it if it is captured; None: only run it."""
         options = ort.RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(NO_CAPTURE if graph is None else graph))
-        _run(self._session, call.binding, self._place, options)
+        _run(self._session, call.binding, self._path, self._place, options)
 
 
-def _open_decoder(path: Path, spec: DecoderSpec, place: Place, tokens: Shapes) -> ort.InferenceSession:
-    """A session on a decoder's graph; `tokens` are its inputs for the new tokens."""
-    past: list[int | None] = [None, spec.kv_heads, spec.context, spec.head_size]  # or of any capacity
-    inputs: Shapes = {
-        **tokens,
-        "seqlens_k": [None],
-        "total_sequence_length": [],
-        "logits_at": [None, None],
-    }
-    if spec.ragged_append:
-        inputs["query_seqlens"] = [None]
-    for layer in range(spec.layers):
-        inputs[f"past_key_values.{layer}.key"] = past
-        inputs[f"past_key_values.{layer}.value"] = past
-    outputs: Shapes = {"logits": [None, None, spec.vocabulary]}
-    if "tokens" in tokens:
-        outputs |= {name: [None, None] for name in ("best", "peak", "logsumexp")}
-    return _open(path, place, inputs, outputs)
+def _open_vision(path: Path, place: Place, features: tuple[int, int]) -> ort.InferenceSession:
+    """A session on a vision encoder's graph. Where the file leaves `features` open, they are inferred."""
+    session = _open(path, place)
+    found = session.get_outputs()[0].shape[1:]
+    if len(found) != 2 or any(found[i] != features[i] for i in (0, 1) if isinstance(found[i], int)):
+        sizes, expected = (" x ".join(map(str, of)) or "no size" for of in (found, features))
+        raise BundleError(f"{path} makes features of {sizes}, expected {expected}")
+    return session
+
+
+def _open(path: Path, place: Place) -> ort.InferenceSession:
+    """A session on the graph at `path`, which `graph.check` has found to be the manifest's."""
+    return _session(path, _options(place.threads, half=place.half), place)
 
 
 def _run(
-    session: ort.InferenceSession, binding: Any, place: Place, options: ort.RunOptions | None = None
+    session: ort.InferenceSession,
+    binding: Any,
+    path: Path,
+    place: Place,
+    options: ort.RunOptions | None = None,
 ) -> None:
-    """Run the graph on what is bound, and wait for the device."""
+    """Run the graph at `path` on what is bound, and wait for the device."""
     try:
         session.run_with_iobinding(binding, options)
     except Exception as error:  # ONNX Runtime's exceptions have no common base but this
-        raise DeviceError(f"{place.device} failed: {str(error).splitlines()[0]}") from None
+        if place.device.kind != "cpu":
+            raise DeviceError(f"{place.device} failed: {_reason(error)}") from None
+        raise _failure(f"{path} cannot be run", error) from None
 
 
 def _bind(bind: Any, name: str, array: Array, device: Device) -> None:

@@ -13,67 +13,106 @@ makes of them was never seen, for want of a GPU.
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import platform
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from dualfocus import kernels
-from dualfocus.runtime import devices
+from dualfocus.runtime import contents, devices, graph
+from dualfocus.runtime.contents import HASHED_BYTES
 from dualfocus.runtime.devices import CPU, Device, Kind
 from dualfocus.runtime.errors import BundleError
+from dualfocus.runtime.files import read_json
+from dualfocus.runtime.manifest import ON_DEVICE, Files, Manifest
 
+T = TypeVar("T")
 FOLDERS: dict[Kind, str] = {"cpu": "packed", "tensorrt-rtx": "packed-rtx"}
 NOTE = "packed.json"  # written last
+NOTE_LIMIT = 1 << 20  # bytes
 CACHE = "cache"  # of compiled kernels, which come with use
-GRAPHS = ("vision.onnx", "decoder.onnx")
 
 
-def pack(path: Path, digest: str, device: Device = CPU, *, half: bool = False) -> Path:
-    """Pack the graphs of the bundle at `path`, which `digest` names, for a CPU or TensorRT-RTX.
+@dataclass(frozen=True)
+class Note:
+    """``packed.json``: what has to be the same for the graphs to be opened, and the files."""
 
-    `half`: they compute in float16, as a GPU's do.
+    made_for: dict[str, Any]
+    files: Files
 
-    Returns the folder. Raises BundleError where the disk has no room for it, EngineError where there is no
-    ONNX Runtime.
+
+@dataclass(frozen=True)
+class _Made:
+    """What the notes of all kinds have in common."""
+
+    files: Files
+
+
+def pack(path: Path, manifest: Manifest, digest: str, device: Device = CPU) -> Path:
+    """Pack the graphs of the bundle at `path`, as `read_manifest` gives it, for a CPU or TensorRT-RTX.
+
+    Returns the folder. Raises BundleError where a file of the bundle is not what was exported, the disk has
+    no room, or another process packs the bundle; EngineError where there is no ONNX Runtime.
     """
     from dualfocus.runtime.onnx import save_packed
-
-    folder = path / FOLDERS[device.kind]
 
     size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     # the packed weights are stored behind the weights they were made from, and are about as large
     if (free := shutil.disk_usage(path).free) < 2.5 * size:
-        raise BundleError(f"{path} has room for {free / 1e9:.1f} GB, packing may take {2.5 * size / 1e9:.1f}")
-    unfinished = path / f".{folder.name}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
-        for graph in GRAPHS:
-            save_packed(path / graph, unfinished / graph, device, half=half)
-        sizes = {file.name: file.stat().st_size for file in unfinished.iterdir()}
-        note = {"made_for": _made_for(digest, device), "sizes": sizes}
-        (unfinished / NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        raise BundleError(
+            f"{path} has room for {free / 1e6:,.1f} MB, packing may take {2.5 * size / 1e6:,.1f} MB"
+        )
+    contents.verify(path, manifest.files)
+    graph.check(path, manifest, manifest.files)
+    folder = path / FOLDERS[device.kind]
+    with contents.replacing(folder) as new:
+        for name in (graph.VISION, graph.DECODER):
+            save_packed(path / name, new / name, device, half=manifest.target in ON_DEVICE)
+        note = Note(_made_for(digest, device), contents.entries(new))
+        (new / NOTE).write_bytes(msgspec.json.format(msgspec.json.encode(note)) + b"\n")
     return folder
 
 
-def graphs(path: Path, digest: str, device: Device = CPU) -> Path:
-    """The folder whose graphs are to be opened for the bundle at `path`: one of packed ones, or itself."""
-    if device.kind not in FOLDERS:
-        return path
-    folder = path / FOLDERS[device.kind]
+def find(path: Path, digest: str, device: Device = CPU) -> tuple[Path, Files] | None:
+    """The folder and the files of the graphs that were packed of the bundle at `path` for this machine.
+
+    None where there are none, they were made for something else, or they are not what was written.
+    """
+    if device.kind not in FOLDERS or not os.path.isdir(path / FOLDERS[device.kind]):
+        return None
     try:
-        note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
-        fits = note["made_for"] == _made_for(digest, device)
-        whole = all((folder / name).stat().st_size == size for name, size in note["sizes"].items())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return path
-    return folder if fits and whole else path
+        folder, note = _read(path, FOLDERS[device.kind], NOTE, Note)
+        if note.made_for != _made_for(digest, device):
+            return None
+        contents.check(folder, note.files)
+        contents.verify(folder, note.files, HASHED_BYTES)
+    except BundleError:
+        return None
+    return folder, note.files
+
+
+def verify(path: Path) -> None:
+    """Read every file that was made of the bundle at `path` for this or another machine, by their notes.
+
+    Raises BundleError if one is not what was written.
+    """
+    for name, note in ((FOLDERS["cpu"], NOTE), (FOLDERS["tensorrt-rtx"], NOTE), ("engines", "engines.json")):
+        if os.path.lexists(path / name):
+            try:
+                folder, made = _read(path, name, note, _Made)
+                contents.check(folder, made.files)
+                contents.verify(folder, made.files)
+            except BundleError as error:
+                raise BundleError(f"{error}: make it again with `dualfocus pack {path}`") from None
+
+
+def _read(path: Path, folder: str, note: str, kind: type[T]) -> tuple[Path, T]:
+    found = contents.find(path, folder)
+    return found, read_json(contents.find(found, note), kind, BundleError, limit=NOTE_LIMIT)
 
 
 def _made_for(digest: str, device: Device) -> dict[str, Any]:
@@ -93,5 +132,5 @@ def _processor() -> str:
         first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    told = [line for line in first if line.startswith(("model name", "flags", "Features", "CPU "))]
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+    features = [line for line in first if line.startswith(("model name", "flags", "Features", "CPU "))]
+    return hashlib.sha256("\n".join(features).encode()).hexdigest()

@@ -10,9 +10,8 @@ a fake library that checks names, shapes, profiles and addresses, and computes o
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import mmap
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +20,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dualfocus.runtime import devices
+from dualfocus.runtime import contents, devices
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.calls import Call, DeviceGraphDecoder
 from dualfocus.runtime.devices import Device
 from dualfocus.runtime.engines import Array, DeviceLogits, TokenIds, address
 from dualfocus.runtime.errors import BundleError, DeviceError, EngineError
-from dualfocus.runtime.manifest import DecoderSpec, ImageSpec
+from dualfocus.runtime.files import read_json
+from dualfocus.runtime.manifest import Count, DecoderSpec, Files, ImageSpec
 
 try:
     import tensorrt as trt
@@ -64,10 +64,10 @@ class Gpu:
 class Reach:
     """The largest calls that engines take."""
 
-    rows: int  # of the cache in one call
-    length: int  # tokens appended to a row in one call
-    wanted: int  # positions of a row whose logits are given
-    pictures: int  # in one call of the tower
+    rows: Count  # of the cache in one call
+    length: Count  # tokens appended to a row in one call
+    wanted: Count  # positions of a row whose logits are given
+    pictures: Count  # in one call of the tower
 
 
 @dataclass(frozen=True)
@@ -79,17 +79,7 @@ class Note:
     version: str
     gpu: Gpu
     reach: Reach
-    sizes: dict[str, int]  # bytes, by file
-
-    @classmethod
-    def from_dict(cls, raw: Any) -> Note:
-        """Raises LookupError, TypeError or ValueError for what is no such note."""
-        sizes = {name: int(raw["sizes"][name]) for name in (VISION, DECODER)}
-        return cls(**{**raw, "gpu": Gpu(**raw["gpu"]), "reach": Reach(**raw["reach"]), "sizes": sizes})
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form; ``from_dict(to_dict(n)) == n``."""
-        return dataclasses.asdict(self)
+    files: Files
 
 
 class Log(trt.ILogger):  # type: ignore[misc]  # Any to mypy
@@ -146,7 +136,7 @@ def load(path: Path, digest: str, index: int = 0) -> Engines:
             )
     log = Log()
     runtime = trt.Runtime(log)
-    vision, decoder = (_open(runtime, log, folder / name, note.sizes[name]) for name in (VISION, DECODER))
+    vision, decoder = (_open(runtime, log, folder / name) for name in (VISION, DECODER))
     return Engines(runtime, log, vision, decoder, note.reach)
 
 
@@ -155,19 +145,22 @@ def _rebuild(path: Path) -> str:
 
 
 def _note(path: Path) -> Note:
-    file = path / FOLDER / NOTE
+    if not os.path.lexists(path / FOLDER / NOTE):
+        raise BundleError(f"{path} has no engines: {_rebuild(path)}")
     try:
-        return Note.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise BundleError(f"{path} has no engines: {_rebuild(path)}") from None
-    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
-        raise BundleError(f"{file} is damaged: {_rebuild(path)}") from None
+        folder = contents.find(path, FOLDER)
+        note = read_json(contents.find(folder, NOTE), Note, BundleError, limit=1 << 20)
+        for name in (VISION, DECODER):
+            if name not in note.files:
+                raise BundleError(f"{folder / NOTE} lists no {name}")
+        contents.check(folder, note.files)
+        contents.verify(folder, note.files, contents.HASHED_BYTES)
+    except BundleError as error:
+        raise BundleError(f"{error}: {_rebuild(path)}") from None
+    return note
 
 
-def _open(runtime: Any, log: Log, file: Path, size: int) -> Any:
-    found = file.stat().st_size if file.is_file() else 0
-    if found != size or not size:
-        raise BundleError(f"{file} has {found} bytes, expected {size}: {_rebuild(file.parent.parent)}")
+def _open(runtime: Any, log: Log, file: Path) -> Any:
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as plan:
         engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:

@@ -71,7 +71,9 @@ def test_a_device_is_named(text: str, expected: Device | None) -> None:
     "text", ["", "gpu", "cuda:", "cuda:-1", "cuda:1000", "cpu:0", "CUDA", "cuda:1 ", "cuda:1\n"]
 )
 def test_no_device_is_called_that(text: str) -> None:
-    with pytest.raises(DeviceError, match="expected auto, cpu, cuda, tensorrt or tensorrt-rtx"):
+    with pytest.raises(
+        DeviceError, match=r"^unknown device .*: expected auto, cpu, cuda\[:N\], tensorrt\[:N\] or"
+    ):
         devices.parse(text)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def test_what_is_whole_is_read(folder, manifest):
 
 
 def test_no_folder(tmp_path):
-    assert "not a folder" in refused(tmp_path / "none")
+    assert "is not a folder: give the folder of a bundle" in refused(tmp_path / "none")
 
 
 def test_a_name_too_long_for_the_file_system(tmp_path):
@@ -91,7 +92,7 @@ def test_a_name_too_long_for_the_file_system(tmp_path):
 
 
 def test_a_folder_without_manifest(tmp_path):
-    assert "no manifest.json" in refused(tmp_path)
+    assert "is a folder without manifest.json, so it is not a bundle" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "\xff", "[]", "null", "3", pytest.param("[" * 100_000, id="deep")])
@@ -104,63 +105,78 @@ def test_a_manifest_that_is_none(folder, text):
 def test_another_version(folder, version):
     edit(folder, "format_version", version)
     sentence = refused(folder)
-    assert f"format version {version!r}" in sentence
-    assert ("newer dualfocus" in sentence) == (version == FORMAT_VERSION + 1)
+    assert f"bundle format {version!r}, expected {FORMAT_VERSION}: " in sentence
+    newer = version == FORMAT_VERSION + 1
+    assert sentence.endswith("update dualfocus" if newer else "export it again with `dualfocus export …`")
 
 
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("decoder", ..., "field decoder is missing"),
-        ("decoder.layers", ..., "field decoder.layers is missing"),
-        ("decoder.layers", "2", "field decoder.layers is '2', expected an integer"),
-        ("decoder.layers", True, "field decoder.layers is True, expected an integer"),
-        ("decoder.colour", 1, "unknown field decoder.colour"),
-        ("decoder.dtype", "int4", "field decoder.dtype is 'int4', expected one of float32"),
-        ("decoder.ragged_append", 1, "expected true or false"),
-        ("image.mean", [0.5, 0.5], "field image.mean is [0.5, 0.5], expected a list of 3"),
-        ("image.mean", [0.5, "a", 0.5], "field image.mean.1 is 'a', expected a number"),
-        ("image.fit", "squash", "expected one of pad, crop, stretch"),
-        ("tokens.eos", 2, "field tokens.eos is 2, expected a list"),
+        ("decoder", ..., "object missing required field `decoder`"),
+        ("decoder.layers", ..., "decoder: object missing required field `layers`"),
+        ("decoder.layers", "2", "decoder.layers: expected `int`, got `str`"),
+        ("decoder.layers", True, "decoder.layers: expected `int`, got `bool`"),
+        ("decoder.colour", 1, "manifest.json: unknown field 'decoder.colour'"),
+        (
+            "decoder.dtype",
+            "int4",
+            "decoder.dtype: invalid enum value 'int4', expected one of float16, float32",
+        ),
+        ("decoder.ragged_append", 1, "decoder.ragged_append: expected `bool`, got `int`"),
+        ("image.mean", [0.5, 0.5], "image.mean: expected `array` of length 3"),
+        ("image.mean", [0.5, "a", 0.5], "image.mean[1]: expected `float`, got `str`"),
+        ("image.fit", "squash", "expected one of crop, pad, stretch"),
+        ("tokens.eos", 2, "tokens.eos: expected `array`, got `int`"),
         ("coordinates", "model", "expected null where coordinates is 'model'"),
-        ("box", ..., "field box is missing"),
-        ("box", "[]", "field box is '[]', expected an object"),
+        ("box", ..., "object missing required field `box`"),
+        ("box", "[]", "box: expected `object | null`, got `str`"),
         (
             "box.text",
             "[{x0}, {y0}, {x1}]",
-            "field box.text is '[{x0}, {y0}, {x1}]', expected {x0}, {y0}, {x1}, {y1} once",
+            "box.text is '[{x0}, {y0}, {x1}]', expected {x0}, {y0}, {x1}, {y1} once",
         ),
         ("box.text", "[{x0}, {y0}, {x1}, {y1}] {x0}", "expected {x0}, {y0}, {x1}, {y1} once each"),
         ("box.text", "[{y0}, {x0}, {y1}, {x1}]", "once each in this order"),
         ("box.text", "[{x0} {y0} {x1} {y1}]", "with commas between"),
         ("box.text", "1 [{x0}, {y0}, {x1}, {y1}]", "no digits around"),
         ("box.text", "[{x0}, {y0}, {x1}, {y1}] ", "no digits around"),
-        ("box.text", "{[{x0}, {y0}, {x1}, {y1}]", "field box.text is '{["),
-        ("box.decimals", 0, "field box.decimals is 0, expected 1 to 4"),
-        ("box.decimals", 5, "field box.decimals is 5, expected 1 to 4"),
-        ("coordinates", "polar", "expected one of original, padded, model"),
-        ("prompts", "hello", "field prompts is 'hello', expected an object"),
-        ("prompts.user", "USER:", "field prompts.user does not hold '{turn}' exactly once"),
-        ("prompts.reply", "", "field prompts.reply does not hold '{answer}'"),
-        ("prompts.micro", "<image><image>{T}", "field prompts.micro does not hold '<image>' exactly once"),
+        ("box.text", "{[{x0}, {y0}, {x1}, {y1}]", "box.text is '{["),
+        ("box.decimals", 0, "box.decimals: expected `int` >= 1"),
+        ("box.decimals", 5, "box.decimals: expected `int` <= 4"),
+        (
+            "coordinates",
+            "polar",
+            "coordinates: invalid enum value 'polar', expected one of model, original, padded",
+        ),
+        ("prompts", "hello", "prompts: expected `object`, got `str`"),
+        ("prompts.user", "USER:", "prompts.user does not hold '{turn}' exactly once"),
+        ("prompts.reply", "", "prompts.reply does not hold '{answer}'"),
+        ("prompts.micro", "<image><image>{T}", "prompts.micro does not hold '<image>' exactly once"),
         ("prompts.image", "", "exactly once"),
-        ("prompts.user", "{turn}<image>", "field prompts.user holds '<image>'"),
-        ("prompts.reply", "{answer}", "field prompts.reply ends with '{answer}'"),
-        ("prompts.hint", "\ud800", "field prompts.hint is '\\ud800', expected text without surrogates"),
-        ("image.size", -5, "field image.size is -5, expected 1 to "),
-        ("image.tokens", 10**12, "field image.tokens is 1000000000000, expected 1 to "),
-        ("image.mean", [0.5, float("nan"), 0.5], "field image.mean.1 is nan, expected 0 to 1"),
-        ("image.mean", [0.5, 0.5, 10**400], "field image.mean.2 is 1000"),
-        ("image.mean", [2, 0.5, 0.5], "field image.mean.0 is 2.0, expected 0 to 1"),
-        ("image.std", [0.5, 0.5, 0], "field image.std.2 is 0.0, expected a number above 0"),
-        ("image.std", [float("inf"), 0.5, 0.5], "field image.std.0 is inf, expected a number above 0"),
-        ("decoder.layers", 10**9, "field decoder.layers is 1000000000, expected 1 to 1024"),
-        ("decoder.context", 0, "field decoder.context is 0, expected 1 to "),
-        ("max_new_tokens", 0, "field max_new_tokens is 0, expected 1 to "),
-        ("tokens.eos", [], "field tokens.eos is [], expected one token or more"),
-        ("tokens.bos", -1, "field tokens.bos is -1, expected a token below"),
-        ("tokens.bos", 10**6, "field tokens.bos is 1000000, expected a token below"),
-        ("files", [], "field files is [], expected an object"),
+        ("prompts.user", "{turn}<image>", "prompts.user holds '<image>'"),
+        ("prompts.reply", "{answer}", "prompts.reply ends with '{answer}'"),
+        ("prompts.system", "x" * 30_000, "prompts.system: expected `str` of length <= 20000"),
+        ("prompts.hint", "\ud800", "manifest.json is not JSON"),
+        ("image.size", -5, "image.size: expected `int` >= 1"),
+        ("image.tokens", 10**12, "image.tokens: expected `int` <= 16777216"),
+        ("image.tokens", 1.5, "image.tokens: expected `int`, got `float`"),
+        ("image.mean", [0.5, float("nan"), 0.5], "manifest.json is not JSON"),
+        ("image.mean", [0.5, 0.5, 10**400], "out of range"),
+        ("image.mean", [2, 0.5, 0.5], "image.mean[0]: expected `float` <= 1.0"),
+        ("image.std", [0.5, 0.5, 0], "image.std[2]: expected `float` >= 0.001"),
+        ("image.std", [float("inf"), 0.5, 0.5], "manifest.json is not JSON"),
+        ("decoder.layers", 10**9, "decoder.layers: expected `int` <= 1024"),
+        ("decoder.context", 0, "decoder.context: expected `int` >= 1"),
+        ("max_new_tokens", 0, "max_new_tokens: expected `int` >= 1"),
+        ("tokens.eos", [], "tokens.eos: expected `array` of length >= 1"),
+        ("tokens.eos", [2, -1], "tokens.eos[1]: expected `int` >= 0"),
+        ("tokens.eos", [2, 300], "tokens.eos.1 is 300, expected a token from 0 to "),
+        ("tokens.bos", -1, "tokens.bos: expected `int` >= 0"),
+        ("tokens.bos", 10**6, "tokens.bos is 1000000, expected a token from 0 to "),
+        ("source", {"a": {"b": [[]]}}, "source[...]: expected `str`, got `object`"),
+        ("x" * 5000, 1, "manifest.json: unknown field 'xxx"),
+        ("files", [], "files: expected `object`, got `array`"),
     ],
 )
 def test_a_wrong_field_is_named(folder, field, value, said):
@@ -203,10 +219,10 @@ def test_a_file_that_is_missing_short_or_not_listed(folder, name):
     assert f"lists no {name}" in refused(folder)
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b"])
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", "a\0b", "\n"])
 def test_files_outside_the_folder_are_not_looked_at(folder, name):
     raw = json.loads((folder / "manifest.json").read_text())
-    raw["files"][name] = {"size": 1, "sha256": ""}
+    raw["files"][name] = {"size": 1, "sha256": "0" * 64}
     (folder / "manifest.json").write_text(json.dumps(raw))
     assert f"lists {name!r}" in refused(folder)
 
@@ -260,17 +276,22 @@ def test_what_opens(whole):
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
-        ("vision.onnx", b"no graph", "cannot be opened by ONNX Runtime"),
-        ("decoder.onnx", b"no graph", "cannot be opened by ONNX Runtime"),
-        ("tokenizer.json", b"{}", "is not a tokenizer"),
+        ("vision.onnx", b"no graph", "is not an ONNX graph"),
+        ("decoder.onnx", b"no graph", "is not an ONNX graph"),
+        ("vision.onnx", b"", "has no input pixel_values"),
+        ("tokenizer.json", b"{}", "model: object missing required field `type`"),
+        ("tokenizer.json", b"[]", "expected `object`, got `array`"),
         ("embeddings.npy", b"no array", "is not an array"),
         ("embeddings.npy", b"", "is not an array"),
         ("embeddings.npy", archive_file(np.zeros(3)), "is not an array"),
         (
             "embeddings.npy",
             array_file(np.zeros((3, 2), np.float32)),
-            "(3, 2), expected float32 or float16 (",
+            "is float32 of shape (3, 2), expected (",
         ),
+        ("embeddings.npy", array_file(np.zeros((3, 2), np.float64)), "is not an array"),
+        ("embeddings.npy", array_file(np.zeros((3, 2), ">f4")), "is not an array"),
+        ("embeddings.npy", array_file(np.zeros((3, 2), np.float32, order="F")), "is not an array"),
         ("embeddings.npy", array_file(np.zeros(3, object)), "is not an array"),
     ],
 )
@@ -282,15 +303,151 @@ def test_a_foreign_file(whole, name, data, said):
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("image.size", 64, "input pixel_values has shape"),
-        ("image.tokens", 15, "output image_features has shape"),
-        ("decoder.kv_heads", 1, "input past_key_values.0.key has shape"),
+        (
+            "image.size",
+            64,
+            "input pixel_values is float32 (any, 3, 56, 56), expected float32 (any, 3, 64, 64)",
+        ),
+        (
+            "image.tokens",
+            15,
+            "features of 16 x 64, expected 15 x 64",
+        ),
+        ("decoder.kv_heads", 1, "input past_key_values.0.key is float32 (any, 2, any, 16), expected "),
+        ("decoder.dtype", "float16", "input past_key_values.0.key is float32 (any, 2, any, 16), expected "),
         ("decoder.layers", 3, "no input past_key_values.2.key"),
-        ("decoder.layers", 1, "has an input past_key_values.1."),
-        ("decoder.ragged_append", False, "has an input query_seqlens"),
-        ("decoder.vocabulary", 100, "the decoder knows 100 tokens"),
+        ("decoder.layers", 1, "has an input 'past_key_values.1."),
+        ("decoder.ragged_append", False, "has an input 'query_seqlens'"),
+        ("decoder.vocabulary", 420, "embeddings.npy is float32 of shape (419, 64), expected (420, 64)"),
     ],
 )
 def test_a_manifest_of_other_graphs(whole, field, value, said):
     edit(whole, field, value)
     assert said in refused(whole)
+
+
+# ---- what is no bundle
+
+
+PICTURE = bytes.fromhex("89504e470d0a1a0a0000000d49484452")
+
+
+def write(place: Path, files: dict[str, bytes]) -> Path:
+    place.mkdir()
+    for name, data in files.items():
+        (place / name).write_bytes(data)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("", "the path given is empty: give the folder of a bundle"),
+        (
+            "https://example.com/a/b",
+            "https://example.com/a/b is a URL: download the bundle, and give its folder",
+        ),
+        ("hf://a/b", "hf://a/b is a URL: download"),
+        ("data:image/png;base64," + "A" * 10_000, "is a data: URL: give the folder of a bundle"),
+        ("liuhaotian/llava-v1.5-7b", "exported first, `dualfocus export liuhaotian/llava-v1.5-7b -o BUNDLE`"),
+        ("a" * 5000, "is not a folder"),
+        ("a\0b", "is not a folder"),
+        ("/dev/null", "is not a folder"),
+    ],
+)
+def test_what_is_given_is_named(given: str, sentence: str) -> None:
+    for path in (given, Path(given)) if given else (given,):
+        with pytest.raises(BundleError) as caught:
+            Bundle.open(path)
+        assert sentence in str(caught.value)
+        assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ({"config.json": b"{}"}, "is a checkpoint: export it first, `dualfocus export {} -o BUNDLE`"),
+        ({"config.json": b"["}, "is a checkpoint: export it first"),
+        (
+            {"config.json": b'{"quantization_config": {"quant_method": "awq"}}'},
+            "is a checkpoint of quantised (awq) weights: export the checkpoint that it was made from",
+        ),
+        ({"config.json": b'{"quantization": {"bits": 4}}'}, "is a checkpoint of quantised (MLX) weights"),
+        ({"adapter_config.json": b"{}", "config.json": b"{}"}, "is a LoRA adapter: merge it into its base"),
+        ({"params.json": b"{}"}, "is a checkpoint in Mistral's own form"),
+        ({"a.gguf": b"GGUF"}, "is a folder of GGUF files, of llama.cpp: export the checkpoint that"),
+        ({"genai_config.json": b"{}"}, "is a model of ONNX Runtime GenAI"),
+        ({"decoder.onnx": b""}, "is a bundle without its manifest.json: copy or export it again"),
+        ({}, "is a folder without manifest.json, so it is not a bundle: give the folder of a bundle"),
+    ],
+)
+def test_a_folder_of_another_kind_is_named(tmp_path: Path, files: dict[str, bytes], sentence: str) -> None:
+    place = write(tmp_path / "given", files)
+    assert sentence.format(place) in refused(place)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "sentence"),
+    [
+        ("model.gguf", b"GGUF\3\0\0\0", "is a GGUF file, of llama.cpp: export the checkpoint that"),
+        ("photo.jpg", b"\xff\xd8\xff\xe0", "is a picture: give it as PICTURE"),
+        ("photo", PICTURE, "is a picture"),
+        ("photo.heic", b"\0\0\0\x18ftypheic", "is a picture"),
+        ("model.safetensors", b"", "is a file of weights: export the folder that it is in"),
+        ("decoder.onnx", b"", "is one graph: give the folder of a bundle"),
+        ("bundle.zip", b"PK\3\4", "is an archive: unpack it"),
+        ("bundle.tar", b"", "is an archive"),
+        ("notes.txt", b"", "is a file: give the folder of a bundle"),
+    ],
+)
+def test_a_file_is_named(tmp_path: Path, name: str, data: bytes, sentence: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    assert sentence in refused(tmp_path / name)
+
+
+def test_an_interrupted_export_is_named(tmp_path: Path) -> None:
+    place = write(tmp_path / ".out.partial", {"decoder.onnx": b"", "config.json": b"{}"})
+    assert "is an interrupted export: continue it, `dualfocus export … --resume`" in refused(place)
+
+
+# ---- links and devices
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "decoder.onnx", "embeddings.npy", "tokenizer.json"])
+def test_what_is_no_file_of_the_folder_is_not_opened(
+    folder: Path, name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    secret = tmp_path_factory.mktemp("elsewhere") / "secret"
+    (folder / name).rename(secret)
+    for target in (secret, Path("/dev/zero"), Path("/proc/self/environ"), Path("/dev/stdin")):
+        (folder / name).symlink_to(target)
+        sentence = refused(folder)
+        assert f"{name} is a link to a file elsewhere, expected the file itself" in sentence
+        assert str(target) not in sentence
+        (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert f"{name} is not a regular file" in refused(folder)
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    assert f"{name} is " in refused(folder)
+
+
+def test_a_snapshot_of_the_hubs_cache_opens(tiny_bundle: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "c0ffee"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for i, file in enumerate(sorted(tiny_bundle.iterdir())):
+        shutil.copy(file, blobs / f"{i}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+    assert Bundle.open(snapshot, threads=1).manifest == read_manifest(tiny_bundle)[0]
+    (snapshot / "tokenizer.json").unlink()
+    (snapshot / "tokenizer.json").symlink_to(tiny_bundle / "tokenizer.json")
+    assert "tokenizer.json is a link to a file elsewhere" in refused(snapshot)
+
+
+def test_links_within_the_folder_and_to_it_are_followed(folder: Path, manifest: Manifest) -> None:
+    (folder / "decoder.onnx").rename(folder / "renamed")
+    (folder / "decoder.onnx").symlink_to("renamed")
+    link = folder.parent / f"{folder.name} link"
+    link.symlink_to(folder)
+    assert read_manifest(link)[0] == manifest

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +22,7 @@ from typer.testing import CliRunner
 
 from dualfocus import cli
 from dualfocus.export import export_bundle
-from dualfocus.runtime import Bundle, onnx, packed
+from dualfocus.runtime import Bundle, contents, onnx, packed
 from dualfocus.runtime.bundle import read_manifest
 from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.devices import Device
@@ -27,11 +31,12 @@ from dualfocus.runtime.manifest import Precision
 
 
 def pack(bundle: Path) -> Path:
-    return packed.pack(bundle, read_manifest(bundle)[1])
+    return packed.pack(bundle, *read_manifest(bundle))
 
 
 def is_packed(bundle: Path) -> bool:
-    return packed.graphs(bundle, read_manifest(bundle)[1]) == bundle / "packed"
+    found = packed.find(bundle, read_manifest(bundle)[1])
+    return found is not None and found[0] == bundle / "packed"
 
 
 @pytest.fixture
@@ -70,8 +75,36 @@ def test_the_packed_graphs_are_what_is_opened(bundle: Path) -> None:
     for graph in ("vision.onnx", "decoder.onnx"):
         file = bundle / "packed" / graph
         file.write_bytes(b"\0" * file.stat().st_size)
-    with pytest.raises(BundleError, match=r"packed/vision.onnx cannot be opened"):
+        vouch(bundle, graph)
+    with pytest.raises(BundleError, match=r"packed/vision.onnx is not an ONNX graph"):
         Bundle.open(bundle)
+
+
+def vouch(bundle: Path, name: str) -> None:
+    """Write the hash of a packed file, as it is now, into the note."""
+    note, data = bundle / "packed" / "packed.json", (bundle / "packed" / name).read_bytes()
+    raw = json.loads(note.read_text())
+    raw["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    note.write_text(json.dumps(raw))
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def move_away(file: Path) -> None:
+    """Put a link in the place of a file."""
+    bundle = file.parent if file.name == "packed" else file.parent.parent
+    target = bundle.parent / f"moved {file.name}"
+    file.rename(target)
+    file.symlink_to(target)
+
+
+def fifo(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
 
 
 def rewrite_note(bundle: Path, key: str, value: object) -> None:
@@ -92,6 +125,17 @@ DOES_NOT_FIT: dict[str, Callable[[Path], object]] = {
     "a foreign note": lambda bundle: (bundle / "packed" / "packed.json").write_text("[1]"),
     "no note": lambda bundle: (bundle / "packed" / "packed.json").unlink(),
     "an empty note": lambda bundle: (bundle / "packed" / "packed.json").write_text("{}"),
+    "a deep note": lambda bundle: (bundle / "packed" / "packed.json").write_text("[" * 100_000),
+    "a FIFO as a note": lambda bundle: fifo(bundle / "packed" / "packed.json"),
+    "a FIFO as weights": lambda bundle: fifo(bundle / "packed" / "decoder.onnx.data"),
+    "an endless note": lambda bundle: (
+        (bundle / "packed" / "packed.json").unlink(),
+        (bundle / "packed" / "packed.json").symlink_to("/dev/zero"),
+    ),
+    "a link to a graph elsewhere": lambda bundle: move_away(bundle / "packed" / "decoder.onnx"),
+    "a link to a folder elsewhere": lambda bundle: move_away(bundle / "packed"),
+    "a bit of the weights": lambda bundle: flip(bundle / "packed" / "decoder.onnx.data"),
+    "a bit of a graph": lambda bundle: flip(bundle / "packed" / "vision.onnx"),
 }
 
 
@@ -108,19 +152,68 @@ def test_what_does_not_fit_is_passed_over(
     assert is_packed(bundle)
 
 
+VERIFIED = [name for name in DOES_NOT_FIT if not name.startswith(("another", "other"))]
+
+
+@pytest.mark.parametrize("name", VERIFIED)
+def test_verify_reads_what_was_packed(bundle: Path, name: str) -> None:
+    run = CliRunner().invoke
+    assert "SHA-256 verified" in run(cli.app, ["inspect", str(bundle), "--verify"]).stdout
+    DOES_NOT_FIT[name](bundle)
+    refused = run(cli.app, ["inspect", str(bundle), "--verify"])
+    assert refused.exit_code == 2
+    assert refused.stderr.endswith(f": make it again with `dualfocus pack {bundle}`\n")
+    assert refused.stderr.count("\n") == 1
+    if name == "a bit of the weights":
+        assert "packed/decoder.onnx.data has SHA-256" in refused.stderr
+
+
+def test_a_damaged_bundle_is_not_packed(bundle: Path) -> None:
+    flip(bundle / "decoder.onnx.data")
+    with pytest.raises(BundleError, match=r"bundle/decoder\.onnx\.data has SHA-256 \w{64}, expected"):
+        pack(bundle)
+
+
+def test_one_process_packs_at_a_time(bundle: Path) -> None:
+    before = (bundle / "packed" / "packed.json").read_bytes()
+    code = "import sys; from dualfocus import cli; sys.argv[1:] = ['pack', sys.argv[1]]; cli.main()"
+    with contents.replacing(bundle / "packed") as new:
+        (new / "half").write_bytes(b"written")
+        other = subprocess.run([sys.executable, "-c", code, str(bundle)], capture_output=True, text=True)
+        assert other.returncode == 2
+        assert "another process writes to" in other.stderr
+        assert (new / "half").exists()
+        (new / "half").unlink()
+        for file in (bundle / "packed").iterdir():
+            shutil.copy(file, new)
+    assert (bundle / "packed" / "packed.json").read_bytes() == before
+    assert is_packed(bundle)
+    assert not new.exists()
+
+
+def test_a_full_disk_is_named(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(BundleError, match=r"bundle/packed cannot be written: No space left on device"):
+        pack(bundle)
+    assert is_packed(bundle)  # the old one
+
+
 def test_nothing_is_left_where_packing_fails(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     before = set(copy.iterdir())
     (copy / "decoder.onnx").write_bytes(b"\0" * (copy / "decoder.onnx").stat().st_size)
-    with pytest.raises(BundleError, match="cannot be opened"):
+    with pytest.raises(BundleError, match="has SHA-256"):
         pack(copy)
     assert set(copy.iterdir()) == before
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(BundleError, match=r"has room for 0\.0 GB, packing may take"):
+    with pytest.raises(BundleError, match=r"has room for 0\.0 MB, packing may take \d\.\d MB"):
         pack(copy)
     assert set(copy.iterdir()) == before
 
@@ -189,8 +282,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> dict[Path, Options]:
 
 
 def test_the_plug_in_keeps_its_engines(for_gpu: Path, opened: dict[Path, Options]) -> None:
-    _, digest = read_manifest(for_gpu)
-    folder = packed.pack(for_gpu, digest, RTX)
+    folder = packed.pack(for_gpu, *read_manifest(for_gpu), RTX)
     assert folder == for_gpu / "packed-rtx"
     for graph in ("vision.onnx", "decoder.onnx"):
         told = opened[for_gpu / graph].entries

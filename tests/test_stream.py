@@ -103,7 +103,7 @@ def test_resumed_anywhere_it_is_the_same_bundle(
         with pytest.raises(Interrupted):
             export_bundle(checkpoint, out, resume=True, watch=interrupt_at(stage), **options)
         assert not out.exists()
-        with pytest.raises(BundleError, match="holds no manifest"):
+        with pytest.raises(BundleError, match="is an interrupted export: continue it"):
             Bundle.open(tmp_path / ".parts.partial")
     export_bundle(checkpoint, out, resume=True, **options)
     assert not (tmp_path / ".parts.partial").exists()

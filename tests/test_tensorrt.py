@@ -7,8 +7,10 @@ TensorRT-RTX's own builder where it is installed, which needs no GPU. No real en
 from __future__ import annotations
 
 import enum
+import hashlib
 import inspect
 import json
+import os
 import re
 import shutil
 import sys
@@ -83,7 +85,8 @@ def test_the_engines_and_their_note(ours: Modules, bundle: Path) -> None:
         "engines.json",
     }
     assert steps == [("Building engine", 1, 2), ("Building engine", 2, 2)] * 2
-    note = runtime.Note.from_dict(json.loads((folder / "engines.json").read_text()))
+    note = runtime._note(bundle)
+    assert set(note.files) == {"vision.engine", "decoder.engine"}
     assert note.bundle == digest(bundle)
     assert (note.library, note.version) == ("tensorrt", "10.15.1")
     assert note.gpu == runtime.Gpu(GPU, "9.0")
@@ -147,17 +150,41 @@ SPOIL: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a plan less": (
         lambda b: (b / "engines" / "vision.engine").unlink(),
-        "vision.engine has 0 bytes, expected ",
+        "vision.engine is missing",
     ),
-    "a damaged note": (lambda b: (b / "engines" / "engines.json").write_text("{"), "engines.json is damaged"),
+    "a damaged note": (
+        lambda b: (b / "engines" / "engines.json").write_text("{"),
+        "engines.json is not JSON",
+    ),
     "a foreign note": (
         lambda b: (b / "engines" / "engines.json").write_text("[1]"),
-        "engines.json is damaged",
+        "engines.json: expected `object`, got `array`",
     ),
-    "a note of less": (lambda b: rewrite(b, lambda n: n.pop("reach")), "engines.json is damaged"),
-    "a note of other files": (
-        lambda b: rewrite(b, lambda n: n.update(sizes={"vision.engine": 1})),
-        "engines.json is damaged",
+    "a note of less": (
+        lambda b: rewrite(b, lambda n: n.pop("reach")),
+        "engines.json: object missing required field `reach`",
+    ),
+    "a note of a huge reach": (
+        lambda b: rewrite(b, lambda n: n["reach"].update(rows=10**9)),
+        "engines.json: reach.rows: expected `int` <= 16777216",
+    ),
+    "a note of fewer files": (
+        lambda b: rewrite(b, lambda n: n["files"].pop("vision.engine")),
+        "engines.json lists no vision.engine",
+    ),
+    "a FIFO as a note": (
+        lambda b: ((b / "engines" / "engines.json").unlink(), os.mkfifo(b / "engines" / "engines.json")),
+        "engines.json is not a regular file",
+    ),
+    "a link out of the bundle": (
+        lambda b: shutil.move(b / "engines", b.parent) and (b / "engines").symlink_to(b.parent / "engines"),
+        "engines is a link to a file elsewhere",
+    ),
+    "a damaged plan": (
+        lambda b: (b / "engines" / "vision.engine").write_bytes(
+            bytes((b / "engines" / "vision.engine").stat().st_size)
+        ),
+        "vision.engine has SHA-256 ",
     ),
     "no engines": (lambda b: shutil.rmtree(b / "engines"), "bundle has no engines"),
 }
@@ -180,6 +207,8 @@ def test_a_plan_that_the_library_refuses(ours: Modules, bundle: Path) -> None:
     runtime, export = ours
     plan = export.build_engines(bundle) / "vision.engine"
     plan.write_bytes(b"x" * plan.stat().st_size)
+    sha256 = hashlib.sha256(plan.read_bytes()).hexdigest()
+    rewrite(bundle, lambda note: note["files"]["vision.engine"].update(sha256=sha256))
     with pytest.raises(BundleError, match=r"by tensorrt 10\.15\.1: Serialization assertion failed\.$"):
         runtime.load(bundle, digest(bundle))
 
@@ -290,7 +319,9 @@ def test_the_command(ours: Modules, bundle: Path, tiny_bundle: Path) -> None:
     assert "does not work here: there is no GPU 1" in run("pack", bundle, "--device", "tensorrt:1")
     file = bundle / "vision.onnx"
     file.write_bytes(b"\0" * file.stat().st_size)
-    assert "vision.onnx: ModelImporter.cpp: Failed" in run("pack", bundle, "--device", "tensorrt")
+    assert "vision.onnx has SHA-256 " in run("pack", bundle, "--device", "tensorrt")
+    with pytest.raises(ExportError, match=r"vision\.onnx: ModelImporter\.cpp: Failed"):
+        ours[1]._Plan(file)
 
 
 def real(name: str) -> ModuleType:
@@ -338,10 +369,9 @@ def test_tensorrt_rtx_builds_them(
         )
         note = runtime._note(bundle)
         assert (note.library, note.gpu) == ("tensorrt_rtx", runtime.Gpu("any", "8.9"))
-        assert note.sizes == {
-            name: (folder / name).stat().st_size for name in ("vision.engine", "decoder.engine")
-        }
-        assert min(note.sizes.values()) > 1 << 16
+        sizes = {name: entry.size for name, entry in note.files.items()}
+        assert sizes == {name: (folder / name).stat().st_size for name in ("vision.engine", "decoder.engine")}
+        assert min(sizes.values()) > 1 << 16
         assert all(0 < done <= of for _, done, of in steps)
         with pytest.raises(ExportError, match=r"builds for compute capability 7\.5, .*, not for"):
             export.build_engines(bundle, gpu=runtime.Gpu("NVIDIA Old", "5.0"))

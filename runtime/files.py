@@ -1,14 +1,20 @@
-"""Reads files from outside: bounded, regular files only, JSON into types.
+"""Reads files from outside: bounded, regular files only, JSON into types. Writes JSON, and whole folders.
 
 Whatever is wrong with a file is one sentence, raised as the error class of the room that reads it.
 """
 
 from __future__ import annotations
 
+import fcntl
+import itertools
+import json
+import math
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import msgspec
 
@@ -18,25 +24,33 @@ T = TypeVar("T")
 JSON_LIMIT = 64 << 20  # bytes: tokenizer.json, the largest JSON file of a model, has 10 to 30 million
 
 
-def read_bytes(path: Path, error: type[InputError], *, limit: int) -> bytes:
-    """The content of the regular file `path`. Links are followed.
+def open_file(path: Path, error: type[InputError]) -> BinaryIO:
+    """The regular file `path`, opened for reading. Links are followed.
 
-    Raises `error` where there is no such file, where it is a folder, a device or a FIFO (which may never
-    end), and where it has more than `limit` bytes.
+    Raises `error` where there is no such file, and where it is a folder, a device or a FIFO (which may never
+    end).
     """
     try:
         # a FIFO without a writer would block the opening
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(handle, "rb") as file:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise error(f"{path} is not a regular file")
-            content = file.read(limit + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise error(f"{path} does not exist") from None
-    except IsADirectoryError:
-        raise error(f"{path} is a folder, expected a file") from None
     except (OSError, ValueError) as problem:  # ValueError: a NUL in the path
         raise error(f"{path} cannot be read: {getattr(problem, 'strerror', None) or problem}") from None
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(handle, "rb")
+    os.close(handle)
+    raise error(f"{path} is {'a folder, expected a file' if stat.S_ISDIR(mode) else 'not a regular file'}")
+
+
+def read_bytes(path: Path, error: type[InputError], *, limit: int) -> bytes:
+    """The content of the file `path`. Raises `error` as `open_file` does, and beyond `limit` bytes."""
+    with open_file(path, error) as file:
+        try:
+            content = file.read(limit + 1)
+        except OSError as problem:
+            raise error(f"{path} cannot be read: {problem.strerror}") from None
     if len(content) > limit:
         raise error(f"{path} has more than {limit:,} bytes")
     return content
@@ -87,3 +101,82 @@ def _sentence(problem: msgspec.ValidationError) -> str:
 
 def _lower(text: str) -> str:
     return text[:1].lower() + text[1:]
+
+
+def to_json(value: object, indent: int | None = None) -> str:
+    """`value` as JSON in ASCII. NaN and infinities, which JSON does not know, are null."""
+    return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+
+
+def _without_nan(value: object) -> object:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _without_nan(of) for key, of in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(of) for of in value]
+    return value
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError of the block the name of the file it writes: errors of writes have none."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.filename is None:
+            problem.filename = str(path)
+        raise
+
+
+@contextmanager
+def with_parents(path: Path) -> Iterator[None]:
+    """Make the missing folders above `path`; remove them again where the block fails."""
+    missing = list(itertools.takewhile(lambda folder: not folder.exists(), path.parents))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        with suppress(OSError):  # something else lies in one by now
+            for folder in missing:
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def claimed(folder: Path, error: type[InputError]) -> Iterator[None]:
+    """Make `folder`, if it is not there, and keep other processes that claim it out until the block ends.
+
+    The claim ends with the process, however that ends. Raises `error` where another process holds it.
+    """
+    handle = _claim(folder, error)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _claim(folder: Path, error: type[InputError]) -> int:
+    while True:
+        folder.mkdir(exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), os.stat(folder)):
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            raise error(f"another process writes to {folder} already") from None
+        except FileNotFoundError:
+            pass
+        os.close(handle)  # who held it has removed the folder since: make it again
+
+
+def sync(folder: Path) -> None:
+    """Bring the folder's files and names to the disk: a rename that follows is then of whole files."""
+    for path in (*folder.rglob("*"), folder):
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

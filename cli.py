@@ -6,19 +6,21 @@ and cannot be used is one sentence on stderr and exit status 2.
 
 from __future__ import annotations
 
+import errno
 import io
-import json
 import os
+import re
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO, cast, get_args
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
@@ -33,9 +35,56 @@ if TYPE_CHECKING:
     from dualfocus.runtime.manifest import Manifest
     from dualfocus.runtime.result import Event
 
+UsageError: type[Any] = typer.BadParameter.__bases__[0]  # of whichever Click typer brings
+# standard output is all that is written to without a name
+UNWRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
+
+
+class _Commands(TyperGroup):
+    """All commands. A wrong call, and a standard output that takes nothing, is one sentence as all else."""
+
+    def main(self, *args: Any, **options: Any) -> NoReturn:
+        try:
+            status = super().main(*args, **options | {"standalone_mode": False})
+        except UsageError as error:
+            _say(_wrong_call(error))
+            status = 2
+        except OSError as error:  # of `--help`
+            _say_unwritten(error)
+            status = 2
+        sys.exit(status)
+
+
+class _Command(TyperCommand):
+    """One command. Nothing is empty, and what is looked for on this machine is no URL."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given: dict[str, Any] = {}
+        try:
+            given = self.make_parser(ctx).parse_args(args=list(args))[0]
+            param: Any
+            for param in self.params:
+                value = given.get(param.name)
+                if value == "":
+                    raise typer.BadParameter("is empty", param=param)
+                is_url = isinstance(value, str) and re.match(r"\w[\w+.-]*://", value)
+                if is_url and param.name not in ("picture", "checkpoint", "vision_tower", "ray"):
+                    raise typer.BadParameter("is a URL, expected a local path", param=param)
+            return super().parse_args(ctx, args)
+        except UsageError as error:
+            error.ctx = error.ctx or ctx
+            param = getattr(error, "param", None)
+            error.found = given.get(param.name) if param is not None else None
+            raise
+
+
 # plain help texts: laying them out with rich would double the time of `--help`
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+    name="dualfocus",
+    cls=_Commands,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
 SPINNER_AFTER = 2.0  # seconds
@@ -54,7 +103,7 @@ def dualfocus() -> None:
     """Ask a picture: once as a whole, once zoomed in to where the answer is."""
 
 
-@app.command()
+@app.command(cls=_Command)
 def ask(
     picture: Annotated[str, typer.Argument(metavar="PICTURE", help="A file name, or - for standard input.")],
     questions: Annotated[list[str], typer.Argument(metavar="QUESTION", help="One or more questions.")],
@@ -112,12 +161,14 @@ def ask(
 ) -> None:
     """Answer questions about a picture."""
     with _errors():
-        from dualfocus.runtime import Bundle, DualFocus, Reference, open_picture
+        from dualfocus.runtime import Bundle, DualFocus, Question, Reference, open_picture
         from dualfocus.runtime.bundle import BUILT_IN
         from dualfocus.runtime.errors import InputError
         from dualfocus.runtime.turns import Turns
         from dualfocus.runtime.zooms import zooms as zooming
 
+        for question in questions:
+            Question.parse(question, "")  # what is empty needs no model
         if show is not None:
             _check_show(show, picture, questions)
         if plain and skip_above is not None:
@@ -158,7 +209,7 @@ def ask(
             result = answer(question)
             if as_json:
                 shown = {**result.to_dict(), "bundle": model.manifest.name, "device": str(model.device)}
-                print(json.dumps(shown), flush=True)  # in ASCII, which every stdout can take
+                _print_json(shown)
             else:
                 _print_result(result, question if len(questions) > 1 else None, str(model.device))
             if show is not None:
@@ -167,7 +218,7 @@ def ask(
                 _save(annotate(pixels, question, result), show)
 
 
-@app.command()
+@app.command(cls=_Command)
 def export(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="BUNDLE", help="Folder to write.")],
     checkpoint: Annotated[
@@ -229,8 +280,10 @@ def export(
         source = checkpoint if random is None else shapes.named(random)
         if source is None:
             raise ExportError("nothing to export was given, expected a CHECKPOINT or --random SHAPE")
+        from dualfocus.runtime.files import naming
+
         try:
-            with _progress() as watch:
+            with _progress() as watch, naming(out):
                 export_bundle(
                     source,
                     out,
@@ -248,7 +301,7 @@ def export(
             raise
 
 
-@app.command()
+@app.command(cls=_Command)
 def curate(
     visual_genome: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder of Visual Genome's JSON files, unpacked or .json.zip.")
@@ -267,12 +320,15 @@ def curate(
     with _errors():
         with _needs_train("curate"):
             from dualfocus.train import dataset
-        with _progress() as watch:
+        with _progress() as watch, _cleaning_up():
             statistics = dataset.build(visual_genome, out, images=images, seed=seed, watch=watch)
-        print(json.dumps(statistics) if as_json else f"{out}: {dataset.markdown(statistics)}")
+        if as_json:
+            _print_json(statistics)
+        else:
+            print(f"{out}: {dataset.markdown(statistics)}", flush=True)
 
 
-@app.command()
+@app.command(cls=_Command)
 def inspect(
     bundle: Annotated[
         Path | None,
@@ -321,7 +377,7 @@ def inspect(
             parts, opening = measure(bundle)
         if as_json:
             told = {"budget": parts, "opening_ms": opening} if budget else {}
-            print(json.dumps(manifest.to_dict() | told, indent=2))
+            _print_json(manifest.to_dict() | told, indent=2)
         else:
             is_packed = packed.graphs(bundle, digest) != bundle
             _print_manifest(manifest, parts, opening, verified=verify, is_packed=is_packed)
@@ -341,7 +397,7 @@ def _inspect_shape(shape: Shape, *, verify: bool, budget: bool, as_json: bool) -
     _report(boards.report(shape), boards.show, as_json=as_json, save=False)
 
 
-@app.command()
+@app.command(cls=_Command)
 def pack(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a bundle.")],
     device: _Device = "cpu",
@@ -351,6 +407,7 @@ def pack(
         from dualfocus.runtime import bundle as bundles
         from dualfocus.runtime import devices, packed, registry
         from dualfocus.runtime.errors import DeviceError
+        from dualfocus.runtime.files import naming
         from dualfocus.runtime.manifest import ON_DEVICE
 
         manifest, digest = bundles.read_manifest(bundle)
@@ -364,12 +421,12 @@ def pack(
             from dualfocus.export.tensorrt import build_engines
             from dualfocus.runtime.tensorrt import LIBRARY, VERSION
 
-            with _progress() as watch:
+            with _progress() as watch, naming(bundle):
                 folder = build_engines(bundle, index=chosen.index, watch=watch)
             alone = f"{chosen} and {LIBRARY} {VERSION} alone"
         else:
             waiting = _Waiting()
-            with waiting:
+            with waiting, naming(bundle):
                 waiting.say("packing")
                 folder = packed.pack(bundle, digest, chosen, half=manifest.target in ON_DEVICE)
             alone = "this machine and ONNX Runtime alone"
@@ -393,7 +450,7 @@ _Plot = Annotated[Path | None, typer.Option(metavar="OUT", help="Draw the result
 _Benchmark = Literal["textvqa", "gqa-mcq", "seed", "mmbench", "pope", "scenes", "scenes-unseen"]
 
 
-class _RayCommand(TyperCommand):
+class _RayCommand(_Command):
     """A command whose `--ray` may stand without its ADDRESS, which typer knows no option for."""
 
     def _is_address(self, word: str) -> bool:
@@ -452,8 +509,6 @@ def evaluate(
 ) -> None:
     """Measure answers, not time: a benchmark's score by its official rule."""
     with _errors():
-        import re
-
         from dualfocus.bench import accuracy, questions
         from dualfocus.bench.answers import Answers, Line, Run
         from dualfocus.runtime import DualFocus
@@ -490,6 +545,8 @@ def evaluate(
 
         try:
             with Answers(out, run) as answers, _progress() as watch:
+                if answers.lost is not None:
+                    _say(answers.lost)
                 result = accuracy.run(asked, answers, ask, manifest, limit, threads, watch)
         except KeyboardInterrupt:
             if out is not None:
@@ -498,11 +555,11 @@ def evaluate(
         _report(result, accuracy.show, as_json=as_json, save=save)
 
 
-benches = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure time.")
+benches = typer.Typer(rich_markup_mode=None, help="Measure time.")
 app.add_typer(benches, name="bench")
 
 
-@benches.command("stages")
+@benches.command("stages", cls=_Command)
 def bench_stages(
     bundle: _Bundle = None,
     rounds: Annotated[int, typer.Option(metavar="N", min=2, help="How often the question is asked.")] = 20,
@@ -517,7 +574,7 @@ def bench_stages(
     _bench("stages", bundle, rounds, device, threads, spin, as_json=as_json, save=save, plot=plot)
 
 
-@benches.command("limits")
+@benches.command("limits", cls=_Command)
 def bench_limits(
     bundle: _Bundle = None,
     rounds: _Rounds = 10,
@@ -532,7 +589,7 @@ def bench_limits(
     _bench("limits", bundle, rounds, device, threads, spin, as_json=as_json, save=save, plot=plot)
 
 
-@benches.command("savings")
+@benches.command("savings", cls=_Command)
 def bench_savings(
     bundle: _Bundle = None,
     rounds: _Rounds = 10,
@@ -547,7 +604,7 @@ def bench_savings(
     _bench("savings", bundle, rounds, device, threads, spin, as_json=as_json, save=save, plot=plot)
 
 
-@benches.command("throughput")
+@benches.command("throughput", cls=_Command)
 def bench_throughput(
     bundle: _Bundle = None,
     rounds: _Rounds = 10,
@@ -562,7 +619,7 @@ def bench_throughput(
     _bench("throughput", bundle, rounds, device, threads, spin, as_json=as_json, save=save, plot=plot)
 
 
-@benches.command("gate")
+@benches.command("gate", cls=_Command)
 def bench_gate(
     limit: _Limit = 2000,
     bundle: _Bundle = None,
@@ -577,7 +634,7 @@ def bench_gate(
     _bench("gate", bundle, limit, device, threads, spin, as_json=as_json, save=save, plot=plot)
 
 
-@benches.command("rules")
+@benches.command("rules", cls=_Command)
 def bench_rules(
     limit: _Limit = 2000,
     bundle: _Bundle = None,
@@ -622,7 +679,7 @@ def _bench(
             module.plot(result, plot)
 
 
-@benches.command("compare")
+@benches.command("compare", cls=_Command)
 def bench_compare(
     old: Annotated[Path, typer.Argument(metavar="OLD.json", help="A result that --save kept.")],
     new: Annotated[Path, typer.Argument(metavar="NEW.json", help="A later one of the same benchmark.")],
@@ -636,7 +693,7 @@ def bench_compare(
         _report(result, compare.show, as_json=as_json, save=False)
 
 
-@benches.command("crop")
+@benches.command("crop", cls=_Command)
 def bench_crop(
     rounds: Annotated[int, typer.Option(metavar="N", min=2, help="How often each candidate is timed.")] = 21,
     as_json: _Json = False,
@@ -651,7 +708,7 @@ def bench_crop(
         _report(result, crop.show, as_json=as_json, save=save)
 
 
-@benches.command("peers")
+@benches.command("peers", cls=_Command)
 def bench_peers(
     checkpoint: Annotated[
         Path | None,
@@ -704,7 +761,7 @@ def bench_peers(
             peers.plot(result, plot)
 
 
-@benches.command("export")
+@benches.command("export", cls=_Command)
 def bench_export(
     random: Annotated[str, typer.Option(metavar="SHAPE", help="Of the random weights.")] = "llava-7b",
     layout: Annotated[
@@ -731,7 +788,7 @@ def bench_export(
         _report(result, bench.show, as_json=as_json, save=save)
 
 
-@benches.command("curate")
+@benches.command("curate", cls=_Command)
 def bench_curate(
     pictures: Annotated[
         int, typer.Option(metavar="N", min=1, help="Of the made-up data set; the real one has 108,077.")
@@ -785,7 +842,7 @@ def _report(
     result: dict[str, Any], show: Callable[[dict[str, Any], Console], None], *, as_json: bool, save: bool
 ) -> None:
     if as_json:
-        print(json.dumps(result))
+        _print_json(result)
     else:
         show(result, _console())
     if save:
@@ -814,11 +871,23 @@ def _watched(stream: TextIO | None) -> bool:
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """What a user gave, or this machine has, and cannot be used ends the command with one sentence."""
+    """What a user gave, or this machine has, and cannot be used ends the command with one sentence.
+
+    What libraries would say beside it is not shown.
+    """
+    import logging
+    import warnings
+
     from dualfocus.runtime.errors import InputError
 
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+            if sys.stdout is not None:
+                sys.stdout.flush()  # while what fails is still a sentence
     except InputError as error:
         _refuse(error)
     except MemoryError:
@@ -826,8 +895,28 @@ def _errors() -> Iterator[None]:
     except BrokenPipeError:  # a reader that left has heard enough; typer ends quietly
         raise
     except OSError as error:
-        place = "" if error.filename is None else f"{error.filename}: "
-        _refuse(f"{place}{error.strerror or error}")
+        _say_unwritten(error)
+        raise typer.Exit(2) from None
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def _cleaning_up() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end what is done as Ctrl-C does, which removes what is unfinished."""
+
+    def end(number: int, _: object) -> NoReturn:
+        signal.signal(number, signal.SIG_IGN)  # once is enough
+        raise SystemExit(128 + number)
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _refuse(reason: object) -> NoReturn:
@@ -836,7 +925,42 @@ def _refuse(reason: object) -> NoReturn:
 
 
 def _say(reason: object) -> None:
-    typer.echo("dualfocus: " + _line(str(reason)), err=True)
+    with suppress(OSError):  # there is nowhere else to say it
+        typer.echo("dualfocus: " + _line(str(reason)), err=True)
+
+
+def _say_unwritten(error: OSError) -> None:
+    """Say what the system refused, and of which file."""
+    place = error.filename
+    if place is None and error.errno in UNWRITTEN:
+        place = "standard output"
+        stream = sys.__stdout__
+        if stream is not None and sys.stdout is stream:  # Python would try again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    _say(f"{f'{place}: ' if place is not None else ''}{error.strerror or error}")
+
+
+def _wrong_call(error: Any) -> str:
+    """Click's message as a clause, and where more is said."""
+    path = error.ctx.command_path if error.ctx is not None else "dualfocus"
+    found = getattr(error, "found", None)
+    if found is not None:
+        is_option = error.param.param_type_name == "option"
+        name = max(error.param.opts, key=len) if is_option else error.param.metavar
+        why = error.message.rstrip(".").removeprefix("Value error, ").removeprefix(f"{found!r} ")
+        reason = f"{name} {found!r} {why.replace('Input should', 'should')}"
+    elif error.ctx is not None and error.message == "Missing command.":
+        reason = f"missing command, expected {', '.join(error.ctx.command.list_commands(error.ctx))}"
+    else:
+        reason = error.format_message().replace(". Choose from:", ", expected").replace(". Did", ", did")
+        reason = reason[:1].lower() + reason[1:].rstrip(".?")
+    return f"{reason}; `{path} --help` says more"
+
+
+def _print_json(value: object, indent: int | None = None) -> None:
+    from dualfocus.runtime.files import to_json
+
+    print(to_json(value, indent), flush=True)  # in ASCII, which every stdout can take
 
 
 def _standard_input() -> bytes:
@@ -940,7 +1064,9 @@ def _check_writable(option: str, path: Path) -> None:
     if not os.path.isdir(path.parent):  # unlike Path.is_dir, it raises nothing
         raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
     exists = os.path.exists(path)
-    if os.path.isdir(path) or not all(os.access(p, os.W_OK) for p in [path.parent, path][: 1 + exists]):
+    if exists and not os.path.isfile(path):
+        raise InputError(f"{option} {path}: is not a regular file")
+    if not all(os.access(p, os.W_OK) for p in [path.parent, path][: 1 + exists]):
         raise InputError(f"{option} {path}: cannot be written")
 
 
@@ -1041,7 +1167,7 @@ def _print_devices(*, as_json: bool) -> None:
 
     found = survey()
     if as_json:
-        print(json.dumps(found, indent=2))
+        _print_json(found, indent=2)
         return
     rows = Table.grid(padding=(0, 2))
     for kind, why in found["devices"].items():

@@ -280,7 +280,6 @@ def show(result: Mapping[str, Any], console: Console) -> None:
 
 def _table(result: Mapping[str, Any]) -> Table:
     from rich.table import Table
-    from rich.text import Text
 
     rows = list(result["accuracy"].values())
     names = [name for name in ("macro", "micro", "dual", "oracle") if name in rows[0]]
@@ -294,8 +293,7 @@ def _table(result: Mapping[str, Any]) -> Table:
         cells[names.index(main)] += f" ({_interval(row[main])})"
         if "gain" in row:
             cells.append(f"{100 * row['gain']['mean']:+.1f} ({_interval(row['gain'])})")
-        name = group if group.isprintable() else repr(group)  # a file's word, as `Text` no markup either
-        table.add_row(Text(name), str(row["questions"]), *cells)
+        table.add_row(harness.plain(group), str(row["questions"]), *cells)
     return table
 
 

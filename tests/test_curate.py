@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import signal
@@ -11,6 +12,7 @@ import tracemalloc
 import zipfile
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -469,6 +471,24 @@ def test_malformed_records_are_counted_and_left_out(
     assert made == expected
     assert {n: r for n, r in statistics["malformed"].items() if r} == {name: {reason: 1}}
     assert f"| {name}.json | {reason} | 1 |" in (tmp_path / "out" / "statistics.md").read_text()
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
+def test_nesting_is_counted_outside_of_texts(tmp_path: Path, chunk: int) -> None:
+    """Whatever is cut where: brackets in texts, behind escaped quotes and backslashes, count for nothing."""
+    deep = ("[" * 100, "]" * 100)
+    texts = json.dumps(['[[["[[', "\\", "\\\\[", '\\"{{{', "]]]", "n\n[", "é["])[1:-1]
+    for extra, refused in ((0, False), (1, True)):
+        text = f"{'[' * extra}{deep[0]}{texts},{texts}{deep[1]}{']' * extra}".encode()
+        stream = visual_genome._Shallow(tmp_path, io.BytesIO(text))
+        with pytest.raises(InputError, match="deeper than 100") if refused else nullcontext():
+            assert b"".join(iter(lambda: stream.read(chunk), b"")) == text  # noqa: B023
+
+
+def test_deep_nesting_is_refused_at_once(tmp_path: Path, files: Files) -> None:
+    source = save(tmp_path / "in", files)
+    (source / "objects.json").write_text("[" * 100_000 + "]" * 100_000)
+    assert "objects.json is nested deeper" in refused(run("--visual-genome", source, "-o", tmp_path / "out"))
 
 
 @pytest.mark.parametrize("broken", ["x", "attributes"])

@@ -43,6 +43,9 @@ FOLDERS = ("VG_100K", "VG_100K_2")  # of the pictures, in the real data set
 SUFFIXES = (".jpg", ".jpeg", ".png")
 LARGEST = 1_000_000_000  # of a picture's and a box's numbers
 _FILE = re.compile(r"(\w+?)(_v\d+(?:_\d+)?)?\.json(\.zip)?")  # as they are downloaded: objects_v1_2.json.zip
+DEPTH = 100
+_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
+_NO_STEPS = bytes({*range(256)} - {*b"[{]}"})
 UNKNOWN: dict[str, Any] = {"object_id": None}  # an object that a question names, and nobody can read
 STEP = 1 << 20  # bytes between two words on the progress
 
@@ -255,6 +258,34 @@ def _find(folder: Path) -> dict[str, _File]:
     return found
 
 
+class _Shallow:
+    """A stream of JSON nested no deeper than `DEPTH`: ijson's time and memory grow with the depth's square."""
+
+    def __init__(self, path: Path, stream: IO[bytes]) -> None:
+        self._path, self._stream = path, stream
+        self._depth = 0
+        self._in_text = False
+        self._half = b""  # a backslash whose character is still to come
+
+    def read(self, size: int) -> bytes:
+        """Raises InputError where the nesting is too deep."""
+        data = self._stream.read(size)
+        # without escapes, every quote begins or ends a text
+        read = (self._half + data).replace(b"\\\\", b"").replace(b'\\"', b"")
+        self._half = b"\\" if read.endswith(b"\\") else b""
+        parts = read.split(b'"')
+        marks = b"".join(parts[self._in_text :: 2]).translate(_STEPS, _NO_STEPS)
+        self._in_text ^= len(parts) % 2 == 0
+        depths = self._depth + np.cumsum(np.frombuffer(marks, np.int8), dtype=np.int64)
+        if len(depths):
+            self._depth = int(depths[-1])
+            if depths.max() > DEPTH:
+                raise InputError(
+                    f"{self._path} is nested deeper than {DEPTH} levels, expected Visual Genome's"
+                )
+        return data
+
+
 def _records(path: Path, stream: IO[bytes], opens: str) -> Iterator[Any]:
     """The elements of the list, or the pairs of the object, that the whole file is."""
     count = 0
@@ -266,7 +297,7 @@ def _records(path: Path, stream: IO[bytes], opens: str) -> Iterator[Any]:
         stream.seek(0)
         read = ijson.items if opens == "[" else ijson.kvitems
         # numbers as they are: a double's are an error of the whole file where one is too large
-        for entry in read(stream, "item" if opens == "[" else ""):
+        for entry in read(_Shallow(path, stream), "item" if opens == "[" else ""):
             yield entry
             count += 1
     except InputError:  # a ValueError too

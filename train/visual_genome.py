@@ -259,7 +259,7 @@ def _find(folder: Path) -> dict[str, _File]:
 
 
 class _Shallow:
-    """A stream of JSON nested no deeper than `DEPTH`: ijson's time and memory grow with the depth's square."""
+    """A stream of JSON nested no deeper than `DEPTH`: ijson's time and memory grow with its square."""
 
     def __init__(self, path: Path, stream: IO[bytes]) -> None:
         self._path, self._stream = path, stream
@@ -280,9 +280,7 @@ class _Shallow:
         if len(depths):
             self._depth = int(depths[-1])
             if depths.max() > DEPTH:
-                raise InputError(
-                    f"{self._path} is nested deeper than {DEPTH} levels, expected Visual Genome's"
-                )
+                raise InputError(f"{self._path} is nested deeper than {DEPTH} levels, expected 7")
         return data
 
 

@@ -88,6 +88,7 @@ app = typer.Typer(
 )
 
 SPINNER_AFTER = 2.0  # seconds
+LONGEST = 2000  # characters of a sentence on stderr: a name in it is as long as who gave it likes
 
 _Device = Annotated[
     str,
@@ -925,8 +926,11 @@ def _refuse(reason: object) -> NoReturn:
 
 
 def _say(reason: object) -> None:
+    sentence = _line(str(reason))
+    if len(sentence) > LONGEST:
+        sentence = f"{sentence[:LONGEST]} …"
     with suppress(OSError):  # there is nowhere else to say it
-        typer.echo("dualfocus: " + _line(str(reason)), err=True)
+        typer.echo(f"dualfocus: {sentence}", err=True)
 
 
 def _say_unwritten(error: OSError) -> None:

@@ -77,7 +77,7 @@ def answer_all(
     for key in answers.lines:
         if key not in known:
             raise InputError(
-                f"{answers.path} answers the question {key[0]!r}, {key[1]!r:.60}, "
+                f"{answers.path} answers the question {key[0]!r:.100}, {key[1]!r:.60}, "
                 f"which is not among the {len(known):,} of {benchmark.name}"
             )
     asked = list({asked.key: asked for asked in benchmark.first(limit)}.values())
@@ -94,7 +94,9 @@ def answer_all(
     if answers.lines:
         key, line = list(answers.lines.items())[-1]
         if fingerprint(known[key].picture.read()) != line["metadata"]["picture"]:
-            raise InputError(f"{answers.path}: the picture of the question {key[0]!r} is another one by now")
+            raise InputError(
+                f"{answers.path}: the picture of the question {key[0]!r:.100} is another one by now"
+            )
     done = len(asked) - len(todo)
     watch("asking", done, len(asked))
     for line in ask(todo):
@@ -115,7 +117,7 @@ def summarise(benchmark: Benchmark, answers: Answers, limit: int | None) -> dict
     if missing:
         raise InputError(
             f"{answers.path} lacks {len(missing):,} of {len(asked):,} answers, the first of them "
-            f"to the question {missing[0].id!r}: there is no score without them"
+            f"to the question {missing[0].id!r:.100}: there is no score without them"
         )
     lines = [answers.lines[of.key] for of in asked]
     told = [line["metadata"] for line in lines if not _is_unanswered(line)]
@@ -249,9 +251,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     if result["questions"] < result["of"]:
         count = f"the first {count} of {result['of']:,}, which is no score of the benchmark"
     console.print(f"{result['bench']}, {result['bundle']}: {count}", markup=False)
-    if result["accuracy"] is None:
-        console.print("no score: these files have no answers, as a test split, which its makers score")
-    else:
+    if result["accuracy"] is not None:
         console.print(_table(result))
     for note in result["notes"]:
         console.print(note, markup=False)

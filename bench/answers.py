@@ -241,7 +241,7 @@ class Answers:
             key = line["question_id"], line["prompt"]
             if key in self.lines:
                 raise InputError(
-                    f"{where} answers the question {key[0]!r} again, expected one answer to each"
+                    f"{where} answers the question {key[0]!r:.100} again, expected one answer to each"
                 )
             self.lines[key] = line
         if lost := len(content) - len(written):
@@ -280,4 +280,9 @@ def _sync_name(path: Path) -> None:
 
 
 def _words(run: Run) -> str:
-    return f"{run.benchmark} in mode {run.mode} by the bundle {run.model} ({run.bundle})"
+    benchmark, mode, model, bundle = map(_short, (run.benchmark, run.mode, run.model, run.bundle))
+    return f"{benchmark} in mode {mode} by the bundle {model} ({bundle})"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 and text.isprintable() else f"{text!r:.60}"

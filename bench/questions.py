@@ -127,7 +127,7 @@ class Benchmark:
         seen: set[object] = set()
         for asked in self.questions:
             if asked.id in seen and not self.ids_repeat:
-                raise InputError(f"{self.name}: two questions have the id {asked.id!r}, expected one")
+                raise InputError(f"{self.name}: two questions have the id {asked.id!r:.100}, expected one")
             seen.add(asked.id)
 
     def first(self, limit: int | None) -> list[Asked]:
@@ -185,7 +185,7 @@ def _textvqa(data: Path) -> Benchmark:
         found = answers.get((entry.question_id, first_line.lower()), ())
         if len(found) != 10:
             raise InputError(
-                f"{annotations} has {len(found)} answers to question {entry.question_id}, "
+                f"{annotations} has {len(found)} answers to question {entry.question_id!r:.100}, "
                 f"{first_line!r:.200}, expected 10"
             )
         question = _question(where, first_line, entry.text)  # as they stand, which `parse` would strip
@@ -216,7 +216,7 @@ def _gqa_mcq(data: Path) -> Benchmark:
     for where, entry in _lines(path, _GQAQuestion):
         right = answers.get(str(entry.question_id))
         if right is None:
-            raise InputError(f"{annotations} has no answer to question {entry.question_id} of {path}")
+            raise InputError(f"{annotations} has no answer to question {entry.question_id!r:.100} of {path}")
         first_line, *options = entry.question.split("\n")
         question = _choice(where, first_line, options, f"{entry.question}\n{LETTER_HINT}", GQA_MCQ)
         picture = _picture(path, "data/images", entry.image)
@@ -252,7 +252,7 @@ def _seed(data: Path) -> Benchmark:
     for where, entry in _lines(path, _SEEDQuestion):
         answer = told.get(str(entry.question_id))
         if answer is None:
-            raise InputError(f"{annotations} has no answer to question {entry.question_id} of {path}")
+            raise InputError(f"{annotations} has no answer to question {entry.question_id!r:.100} of {path}")
         first_line, *options = entry.text.split("\n")
         if options and not options[-1].startswith(f"{ascii_uppercase[len(options) - 1 :][:1]}. "):
             options.pop()  # the hint, which some files do without
@@ -315,7 +315,14 @@ def _mmbench(data: Path) -> Benchmark:
     # one after the other: they share the picture
     questions = [asked for of in rotations.values() for asked in of]
     groups = tuple(dict.fromkeys(group for asked in questions for group in asked.groups))
-    return Benchmark("mmbench", questions, scorers.exact, groups)
+    notes = () if scored else (TEST_SPLIT,)
+    return Benchmark("mmbench", questions, scorers.exact, groups, notes=notes)
+
+
+TEST_SPLIT = (
+    "without answers, as in a test split, there is no score: LLaVA's convert_mmbench_for_submission.py makes "
+    "of the file of answers what MMBench's makers score"
+)
 
 
 def _is_index(cell: str) -> bool:
@@ -355,11 +362,13 @@ def _pope(data: Path) -> Benchmark:
     questions, respelled = [], 0
     for where, asked in _lines(path, _POPEQuestion):
         first_line = asked.text.split("\n")[0]
+        if asked.category not in POPE:
+            raise InputError(f"{where}: its category is {asked.category!r:.40}, expected {', '.join(POPE)}")
         found = labels.get((asked.category, asked.image, _corrected(first_line.strip())))
         if found is None:
             raise InputError(
-                f"coco_pope_{asked.category}.json has no label for question {asked.question_id} of {path}, "
-                f"{first_line!r:.200}: expected POPE's labels of commit {POPE_COMMIT}"
+                f"coco_pope_{asked.category}.json has no label for question {asked.question_id!r:.100} "
+                f"of {path}, {first_line!r:.200}: expected POPE's labels of commit {POPE_COMMIT}"
             )
         respelled += found.text.strip() != first_line.strip()
         question = _question(where, first_line, asked.text)

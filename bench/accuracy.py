@@ -88,7 +88,7 @@ def answer_all(
         if not os.path.isfile(f.path)  # False for a name that no file can have
     ]
     if gone:
-        raise InputError(f"{len(gone):,} pictures are missing, the first of them {min(gone)}")
+        raise InputError(f"{len(gone):,} pictures are missing, the first of them {min(gone)!r:.300}")
     if not todo:
         return
     if answers.lines:

@@ -57,7 +57,7 @@ def run(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """
     for key, what in (("bench", "benchmarks"), ("schema", "schemas")):
         if old[key] != new[key]:
-            raise InputError(f"these are results of two {what}, {old[key]!r} and {new[key]!r}")
+            raise InputError(f"these are results of two {what}, {old[key]!r:.60} and {new[key]!r:.60}")
     before, after = dict(_figures(old)), dict(_figures(new))
     rows = {name: _row(before[name], after[name]) for name in before if name in after}
     return {

@@ -710,7 +710,7 @@ def test_nano_stays_nano(data: Path, tmp_path: Path) -> None:
         ),
         (
             lambda given: [*given, "--mix-images", "nowhere"],
-            "mix.json: none of its pictures is there, the first of them nowhere/0.png",
+            "mix.json: none of its pictures is there, the first of them 'nowhere/0.png'",
         ),
         (lambda given: ["nowhere", *given[1:]], "nowhere"),
         (

@@ -112,7 +112,7 @@ def read(file: Path, pictures: Path) -> tuple[list[Sample], Counter[str]]:
         else:
             samples.append(sample)
     if missing and not any(sample.picture for sample in samples):
-        raise InputError(f"{file}: none of its pictures is there, the first of them {missing}")
+        raise InputError(f"{file}: none of its pictures is there, the first of them {missing!r:.300}")
     return samples, dropped
 
 

@@ -1,6 +1,7 @@
 """The command line as a process: the script `dualfocus`, and ``python -m dualfocus``."""
 
-import signal
+# what `signal` is made of: to import its enums takes most of the time in which Ctrl-C is still a traceback
+import _signal as signal  # type: ignore[import-not-found]
 import sys
 
 

@@ -281,10 +281,10 @@ def export(
         source = checkpoint if random is None else shapes.named(random)
         if source is None:
             raise ExportError("nothing to export was given, expected a CHECKPOINT or --random SHAPE")
-        from dualfocus.runtime.files import naming
+        from dualfocus.runtime.files import naming, with_parents
 
         try:
-            with _progress() as watch, naming(out):
+            with _progress() as watch, with_parents(out), naming(out):
                 export_bundle(
                     source,
                     out,

@@ -259,7 +259,9 @@ class Answers:
             line = msgspec.json.decode(text)
             msgspec.convert(line, _Line)
         except msgspec.ValidationError as error:
-            raise InputError(f"{where} is not an answer that `dualfocus eval` wrote: {error}") from None
+            raise InputError(
+                f"{where} is not an answer that `dualfocus eval` wrote: {error!s:.300}"
+            ) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise InputError(f"{where} is not JSON: {error}") from None
         metadata = line["metadata"]

@@ -471,8 +471,8 @@ def test_inspect_verify_finds_a_changed_byte(bundle, tmp_path):
 
 
 def test_export_refuses_what_is_no_checkpoint(tmp_path):
-    refused(run("export", tmp_path / "none", "-o", tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
+    refused(run("export", tmp_path / "none", "-o", tmp_path / "a" / "b" / "out"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,7 +25,6 @@ from dualfocus.runtime.files import to_json
 from dualfocus.train import dataset, samples
 
 CASES = 2000
-shutil._use_fd_functions = False  # type: ignore[attr-defined]  # so that what is removed has its whole path
 
 # ---- benchmarks
 

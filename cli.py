@@ -668,6 +668,7 @@ def _bench(
 
         from dualfocus.runtime import Bundle
         from dualfocus.runtime.bundle import BUILT_IN
+        from dualfocus.runtime.files import naming
 
         _check_plot(plot)
         with _needs_train(f"bench {name}"):
@@ -677,7 +678,8 @@ def _bench(
             result = module.run(model, amount, threads, watch, spin=spin)
         _report(result, module.show, as_json=as_json, save=save)
         if plot is not None:
-            module.plot(result, plot)
+            with naming(plot):
+                module.plot(result, plot)
 
 
 @benches.command("compare", cls=_Command)
@@ -743,6 +745,7 @@ def bench_peers(
 
     with _errors():
         from dualfocus.runtime.errors import InputError
+        from dualfocus.runtime.files import naming
 
         _check_plot(plot)
         with _needs_train("bench peers"):
@@ -753,13 +756,14 @@ def bench_peers(
             raise InputError("bench peers: expected a CHECKPOINT or --random SHAPE, one of them")
         source = checkpoint if random is None else shapes.named(random)
         assert source is not None
-        with _progress() as watch:
+        with _progress() as watch, naming(folder):
             result = peers.run(
                 source, folder, rounds, threads, (precision,) if precision else PRECISIONS, questions, watch
             )
         _report(result, peers.show, as_json=as_json, save=save)
         if plot is not None:
-            peers.plot(result, plot)
+            with naming(plot):
+                peers.plot(result, plot)
 
 
 @benches.command("export", cls=_Command)
@@ -784,7 +788,9 @@ def bench_export(
     with _errors():
         with _needs_train("bench export"):
             from dualfocus.bench import export as bench
-        with _progress() as watch:
+        from dualfocus.runtime.files import naming
+
+        with _progress() as watch, naming(folder):
             result = bench.run(shapes.named(random), folder, layout, precision, threads, watch)
         _report(result, bench.show, as_json=as_json, save=save)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import pickle
@@ -532,6 +533,16 @@ def test_a_tail_of_nul_is_cut_and_said(here: Path, half: int) -> None:
     assert len(written(path)) == 3
     with Answers(path, RUN) as answers:
         assert answers.lost is None
+
+
+def test_a_full_disk_names_the_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    benchmarks.textvqa(here / "data")
+    monkeypatch.setattr("dualfocus.bench.answers.os.write", full)
+    sentence = refused(evaluate("textvqa", "--data", here / "data", "-o", "a.jsonl"))
+    assert sentence == "a.jsonl: No space left on device\n"
 
 
 def test_the_command_says_what_a_power_cut_took(here: Path) -> None:

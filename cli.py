@@ -887,6 +887,8 @@ def _errors() -> Iterator[None]:
 
     from dualfocus.runtime.errors import InputError
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model says what not every terminal's encoding has
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -1207,8 +1209,6 @@ def _console() -> Console:
     """Standard output; as wide as it takes where no terminal limits it."""
     from rich.console import Console
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a model says what not every terminal's encoding has
     return Console(highlight=False) if _watched(sys.stdout) else Console(highlight=False, width=1000)
 
 

@@ -248,8 +248,8 @@ class Answers:
             size = (len(whole + end) / len(self.lines)) if self.lines else len(cut) + lost
             count = max(1, round((len(cut) + lost) / size))
             self.lost = (
-                f"{path}: its last {lost:,} bytes are NUL, as a power cut leaves them: about {count:,} "
-                f"{'answer' if count == 1 else 'answers'} of it were lost, and are asked for again"
+                f"{path}: its last {lost:,} bytes are NUL, as a power cut leaves them: about {count:,} of "
+                "its answers are lost, and are asked for again"
             )
         if len(whole + end) < len(content):
             os.ftruncate(file, len(whole + end))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import signal
 import subprocess
@@ -752,6 +753,21 @@ def test_folders_made_for_nothing_are_removed(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     refused(run("--visual-genome", tmp_path / "in", "-o", tmp_path / "a" / "b" / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_name_that_the_output_cannot_spell(drawn: Path, tmp_path: Path) -> None:
+    arguments = ["curate", "--visual-genome", str(drawn), "-o", str(tmp_path / "é\udcff")]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from dualfocus import cli; cli.app(sys.argv[1:])",
+        *arguments,
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONIOENCODING": "ascii"}
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{tmp_path}/??: 3 of 3 pictures" in done.stdout
 
 
 def test_a_full_disk_names_the_place(tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:

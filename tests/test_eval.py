@@ -527,7 +527,7 @@ def test_a_tail_of_nul_is_cut_and_said(here: Path, half: int) -> None:
     with Answers(path, RUN) as answers:
         assert list(answers.lines) == [of.key for of in asked[:2]]
         assert answers.lost is not None
-        assert "about 2 answers of it were lost" in answers.lost
+        assert "about 2 of its answers are lost" in answers.lost
         answers.append(answered(asked[2]))
     assert path.read_bytes().count(b"\0") == 0
     assert len(written(path)) == 3
@@ -553,7 +553,7 @@ def test_the_command_says_what_a_power_cut_took(here: Path) -> None:
     path.write_bytes(whole[:-200] + bytes(200))
     result = evaluate("textvqa", "--data", here / "data", "-o", "a.jsonl")
     assert result.exit_code == 0
-    assert "about 1 answer of it were lost" in result.stderr
+    assert "about 1 of its answers are lost" in result.stderr
     assert result.stderr.count("\n") == 1
     assert told("textvqa", "--data", here / "data", "-o", "a.jsonl")["accuracy"] == first["accuracy"]
 

@@ -811,7 +811,7 @@ def bench_curate(
     with _errors():
         with _needs_train("bench curate"):
             from dualfocus.bench import curate as bench
-        with _progress() as watch:
+        with _progress() as watch, _cleaning_up():
             result = bench.run(pictures, folder, watch)
         _report(result, bench.show, as_json=as_json, save=save)
 

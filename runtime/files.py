@@ -10,13 +10,15 @@ import itertools
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
+import msgspec.inspect
 
 from dualfocus.runtime.errors import InputError
 
@@ -73,7 +75,7 @@ def decode_json(text: bytes, kind: type[T], error: type[InputError], name: str) 
     try:
         return msgspec.json.decode(text.removeprefix(b"\xef\xbb\xbf"), type=kind)
     except msgspec.ValidationError as problem:
-        raise error(f"{name}: {_sentence(problem)}") from None
+        raise error(f"{name}: {_sentence(problem, kind)}") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as problem:
         raise error(f"{name} is not JSON: {problem}") from None
     except RecursionError:
@@ -85,22 +87,53 @@ def convert(value: object, kind: type[T], error: type[InputError], name: str) ->
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as problem:
-        raise error(f"{name}: {_sentence(problem)}") from None
+        raise error(f"{name}: {_sentence(problem, kind)}") from None
+    except UnicodeEncodeError:
+        raise error(f"{name} holds half a character, a surrogate, expected text") from None
     except RecursionError:
         raise error(f"{name} is nested too deeply to be read") from None
 
 
-def _sentence(problem: msgspec.ValidationError) -> str:
+def _sentence(problem: msgspec.ValidationError, kind: Any) -> str:
     """msgspec's message with the field first: "decoder.layers: expected `int` <= 1024"."""
-    message, found, path = str(problem).rpartition(" - at `$")
-    if not found:
-        return _lower(str(problem))
-    field = path.rstrip("`").lstrip(".")
-    return f"{field}: {_lower(message)}" if field else _lower(message)
+    message, _, path = str(problem).partition(" - at `")
+    field = path.removeprefix("key` in `").removeprefix("$").rstrip("`").lstrip(".")
+    if message.startswith(("Invalid enum value", "Invalid value")):
+        message += f", expected one of {', '.join(_choices(kind, field))}"
+    message = message[:1].lower() + message[1:]
+    return f"{field}: {message}" if field else message
 
 
-def _lower(text: str) -> str:
-    return text[:1].lower() + text[1:]
+def _choices(kind: Any, field: str) -> list[str]:
+    """The values that a literal, or the tag of a union, at `field` of a `kind` may have."""
+    places = [msgspec.inspect.type_info(kind)]
+    for name in re.findall(r"\[[^]]*\]|[^.[]+", field):
+        places = [inside for place in _members(places) for inside in _inside(place, name)]
+    return [
+        str(value)
+        for place in _members(places)
+        if isinstance(place, msgspec.inspect.LiteralType)
+        for value in place.values
+    ]
+
+
+def _members(places: list[msgspec.inspect.Type]) -> list[Any]:
+    """The types, and in place of a union its members."""
+    return [
+        member
+        for place in places
+        for member in (place.types if isinstance(place, msgspec.inspect.UnionType) else [place])
+    ]
+
+
+def _inside(place: Any, name: str) -> list[msgspec.inspect.Type]:
+    """The types of what is in a `place` by that name: a field, or "[...]" for an item."""
+    if name == getattr(place, "tag_field", None):
+        return [msgspec.inspect.LiteralType((place.tag,))]
+    if not name.startswith("["):
+        return [of.type for of in getattr(place, "fields", ()) if of.encode_name == name]
+    items = (getattr(place, of, None) for of in ("value_type", "item_type"))
+    return [item for item in items if item is not None]
 
 
 def to_json(value: object, indent: int | None = None) -> str:

@@ -193,22 +193,29 @@ def mutate_protobuf(data: bytes, random: Random) -> bytes:
             case 3:
                 del inside[at]
             case 4:
-                inside[at:at] = [copy.deepcopy(field)] * random.choice((1, 1, 50))
+                inside[at:at] = [_copied(field) for _ in range(random.choice((1, 1, 50)))]
             case 5:
                 field.number = random.choice((1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 14, 15, 20, 25, 100, 2**28))
             case 6:
                 other, place = random.choice(every)
-                inside[at] = copy.deepcopy(other[place])
+                inside[at] = _copied(other[place])
             case 7:
                 other, place = random.choice(every)
-                inside.insert(at, copy.deepcopy(other[place]))
+                inside.insert(at, _copied(other[place]))
             case 8:
                 other, place = random.choice(every)
-                inside[at], other[place] = copy.deepcopy(other[place]), copy.deepcopy(field)
+                inside[at], other[place] = _copied(other[place]), _copied(field)
             case _:
-                for _ in range(random.choice((3, 200))):
+                for _ in range(random.choice((3, 100))):
                     field.value, field.wire = [copy.copy(field)], 2
     return write_protobuf(message)
+
+
+def _copied(field: Field) -> Field:
+    inside = field.value
+    return Field(
+        field.number, field.wire, [_copied(of) for of in inside] if isinstance(inside, list) else inside
+    )
 
 
 def _mutate_field(field: Field, random: Random) -> None:
@@ -553,8 +560,10 @@ def _main() -> NoReturn:
     if rest[0] == "--answer-to":
         _serve(name, target, prepare, int(rest[1]))
     else:
-        folder = Path(tempfile.mkdtemp(prefix="case"))
+        os.chdir(tempfile.mkdtemp(prefix="fuzzing"))
         prepare()
+        folder = Path("case").absolute()
+        folder.mkdir()
         print(folder, flush=True)
         target(Random(f"{name} {int(rest[0])}"), folder)
     sys.exit(0)

@@ -706,7 +706,7 @@ def test_nano_stays_nano(data: Path, tmp_path: Path) -> None:
     [
         (
             lambda given: [*given, "--dialogues", "none.json"],
-            "none.json cannot be read: No such",
+            "dualfocus: none.json does not exist",
         ),
         (
             lambda given: [*given, "--mix-images", "nowhere"],

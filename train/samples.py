@@ -89,9 +89,10 @@ def read(file: Path, pictures: Path) -> tuple[list[Sample], Counter[str]]:
     Raises InputError where the file is none of samples, and where none of its pictures is there: some may be
     missing, as those that OCR-VQA has lost since, but not by a mistyped folder.
     """
+    content = read_bytes(file, InputError, limit=LIMIT)
     try:
         # not by msgspec: half of a character, and NaN, make one sample malformed, not the file
-        raw = json.loads(read_bytes(file, InputError, limit=LIMIT))
+        raw = json.loads(content)
     except ValueError as error:
         raise InputError(f"{file} is not JSON: {error}") from None
     except RecursionError:

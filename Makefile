@@ -54,8 +54,9 @@ $(CUDA)/.made: pyproject.toml | $(BIN)/python
 # On a Jetson: deploy/jetson/README.md.
 jetson: wheel-aarch64
 	docker build $(if $(BASE),--build-arg BASE=$(BASE)) --file deploy/jetson/Dockerfile --tag dualfocus-jetson .
-	docker run --rm --runtime nvidia --volume /etc/nv_tegra_release:/etc/nv_tegra_release:ro \
-	    --volume "$(abspath $(MODEL)):/model" --volume "$(CURDIR)/build/jetson:/work" \
+	mkdir -p build/jetson
+	docker run --rm --runtime nvidia --user "$$(id -u):$$(id -g)" --group-add video \
+	    --volume /etc/nv_tegra_release:/etc/nv_tegra_release:ro --volume "$(abspath $(MODEL)):/model" --volume "$(CURDIR)/build/jetson:/work" \
 	    dualfocus-jetson /model /work $(PRECISION)
 
 $(VENV)/bin/python:

@@ -6,19 +6,23 @@ and cannot be used is one sentence on stderr and exit status 2.
 
 from __future__ import annotations
 
+import errno
 import io
-import json
 import os
+import re
+import secrets
+import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO, cast, get_args
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
@@ -33,12 +37,64 @@ if TYPE_CHECKING:
     from dualfocus.runtime.manifest import Manifest
     from dualfocus.runtime.result import Event
 
+UsageError: type[Any] = typer.BadParameter.__bases__[0]  # of whichever Click typer brings
+# standard output is all that is written to without a name
+UNWRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
+
+
+class _Commands(TyperGroup):
+    """All commands. A wrong call, and a standard output that takes nothing, is one sentence as all else."""
+
+    def main(self, *args: Any, **options: Any) -> NoReturn:
+        try:
+            status = super().main(*args, **options | {"standalone_mode": False})
+        except UsageError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":  # of Click since 8.2
+                print(error.ctx.get_help(), file=sys.stderr)
+            else:
+                _say(_wrong_call(error))
+            status = 2
+        except OSError as error:  # of `--help`
+            _say_unwritten(error)
+            status = 2
+        sys.exit(status)
+
+
+class _Command(TyperCommand):
+    """One command. Nothing is empty, and what is looked for on this machine is no URL."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given: dict[str, Any] = {}
+        try:
+            given = self.make_parser(ctx).parse_args(args=list(args))[0]
+            param: Any
+            for param in self.params:
+                value = given.get(param.name)
+                if value == "":
+                    raise typer.BadParameter("is empty", param=param)
+                is_url = isinstance(value, str) and re.match(r"\w[\w+.-]*://", value)
+                if is_url and param.name not in ("picture", "checkpoint", "vision_tower", "ray"):
+                    raise typer.BadParameter("is a URL, expected a local path", param=param)
+            return super().parse_args(ctx, args)
+        except UsageError as error:
+            error.ctx = error.ctx or ctx
+            param = getattr(error, "param", None)
+            error.found = given.get(param.name) if param is not None else None
+            raise
+
+
 # plain help texts: laying them out with rich would double the time of `--help`
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+    name="dualfocus",
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
 SPINNER_AFTER = 2.0  # seconds
+LONGEST = 2000  # characters of a sentence on stderr: a name in it is as long as who gave it likes
 
 _Device = Annotated[
     str,
@@ -54,7 +110,7 @@ def dualfocus() -> None:
     """Ask a picture: once as a whole, once zoomed in to where the answer is."""
 
 
-@app.command()
+@app.command(cls=_Command)
 def ask(
     picture: Annotated[str, typer.Argument(metavar="PICTURE", help="A file name, or - for standard input.")],
     questions: Annotated[list[str], typer.Argument(metavar="QUESTION", help="One or more questions.")],
@@ -112,12 +168,14 @@ def ask(
 ) -> None:
     """Answer questions about a picture."""
     with _errors():
-        from dualfocus.runtime import Bundle, DualFocus, Reference, open_picture
+        from dualfocus.runtime import Bundle, DualFocus, Question, Reference, open_picture
         from dualfocus.runtime.bundle import BUILT_IN
-        from dualfocus.runtime.errors import InputError
+        from dualfocus.runtime.errors import InputError, PictureWarning
         from dualfocus.runtime.turns import Turns
         from dualfocus.runtime.zooms import zooms as zooming
 
+        for question in questions:
+            Question.parse(question, "")  # what is empty needs no model
         if show is not None:
             _check_show(show, picture, questions)
         if plain and skip_above is not None:
@@ -128,7 +186,12 @@ def ask(
                 given = f"--mode {mode}" if mode != "dual" else "--skip-above"
                 raise InputError(f"--zooms {zooms} runs both passes, so {given} cannot be given with it")
             protocol = partial(zooming, most=zooms, select=select, free_box=free_box or plain)
-        pixels = open_picture(_standard_input() if picture == "-" else picture, "standard input")
+        with warnings.catch_warnings(record=True) as noted:
+            warnings.simplefilter("always", PictureWarning)
+            pixels = open_picture(_standard_input() if picture == "-" else picture, "standard input")
+        notes = [str(warning.message) for warning in noted]
+        for note in notes:
+            _say(note)
         waiting = _Waiting()
         with waiting:
             waiting.say("opening the model")
@@ -157,8 +220,13 @@ def ask(
         for question in questions:
             result = answer(question)
             if as_json:
-                shown = {**result.to_dict(), "bundle": model.manifest.name, "device": str(model.device)}
-                print(json.dumps(shown), flush=True)  # in ASCII, which every stdout can take
+                shown = {
+                    **result.to_dict(),
+                    "bundle": model.manifest.name,
+                    "device": str(model.device),
+                    "warnings": notes,  # about the picture
+                }
+                _print_json(shown)
             else:
                 _print_result(result, question if len(questions) > 1 else None, str(model.device))
             if show is not None:
@@ -167,7 +235,7 @@ def ask(
                 _save(annotate(pixels, question, result), show)
 
 
-@app.command()
+@app.command(cls=_Command)
 def export(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="BUNDLE", help="Folder to write.")],
     checkpoint: Annotated[
@@ -217,7 +285,11 @@ def export(
         bool, typer.Option("--resume", help="Go on with an export to BUNDLE that was interrupted.")
     ] = False,
 ) -> None:
-    """Export a checkpoint as a bundle."""
+    """Export a checkpoint as a bundle.
+
+    What no other file of a checkpoint says is read from dualfocus.json in its folder: prompts, coordinates,
+    box, select, max_new_tokens, fit.
+    """
     from dualfocus.export import ExportError, export_bundle, shapes
 
     with _errors():
@@ -229,8 +301,10 @@ def export(
         source = checkpoint if random is None else shapes.named(random)
         if source is None:
             raise ExportError("nothing to export was given, expected a CHECKPOINT or --random SHAPE")
+        from dualfocus.runtime.files import naming, with_parents
+
         try:
-            with _progress() as watch:
+            with _progress() as watch, with_parents(out), naming(out):
                 export_bundle(
                     source,
                     out,
@@ -248,7 +322,7 @@ def export(
             raise
 
 
-@app.command()
+@app.command(cls=_Command)
 def curate(
     visual_genome: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder of Visual Genome's JSON files, unpacked or .json.zip.")
@@ -267,12 +341,15 @@ def curate(
     with _errors():
         with _needs_train("curate"):
             from dualfocus.train import dataset
-        with _progress() as watch:
+        with _progress() as watch, _cleaning_up():
             statistics = dataset.build(visual_genome, out, images=images, seed=seed, watch=watch)
-        print(json.dumps(statistics) if as_json else f"{out}: {dataset.markdown(statistics)}")
+        if as_json:
+            _print_json(statistics)
+        else:
+            print(f"{out}: {dataset.markdown(statistics)}", flush=True)
 
 
-@app.command()
+@app.command(cls=_Command)
 def inspect(
     bundle: Annotated[
         Path | None,
@@ -321,7 +398,7 @@ def inspect(
             parts, opening = measure(bundle)
         if as_json:
             told = {"budget": parts, "opening_ms": opening} if budget else {}
-            print(json.dumps(manifest.to_dict() | told, indent=2))
+            _print_json(manifest.to_dict() | told, indent=2)
         else:
             is_packed = packed.find(bundle, digest) is not None
             _print_manifest(manifest, parts, opening, verified=verify, is_packed=is_packed)
@@ -341,7 +418,7 @@ def _inspect_shape(shape: Shape, *, verify: bool, budget: bool, as_json: bool) -
     _report(boards.report(shape), boards.show, as_json=as_json, save=False)
 
 
-@app.command()
+@app.command(cls=_Command)
 def pack(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a bundle.")],
     device: _Device = "cpu",
@@ -351,6 +428,7 @@ def pack(
         from dualfocus.runtime import bundle as bundles
         from dualfocus.runtime import devices, packed, registry
         from dualfocus.runtime.errors import DeviceError
+        from dualfocus.runtime.files import naming
 
         manifest, digest = bundles.read_manifest(bundle)
         chosen = registry.choose(devices.parse(device), manifest.target)
@@ -363,12 +441,12 @@ def pack(
             from dualfocus.export.tensorrt import build_engines
             from dualfocus.runtime.tensorrt import LIBRARY, VERSION
 
-            with _progress() as watch:
+            with _progress() as watch, naming(bundle):
                 folder = build_engines(bundle, index=chosen.index, watch=watch)
             alone = f"{chosen} and {LIBRARY} {VERSION} alone"
         else:
             waiting = _Waiting()
-            with waiting:
+            with waiting, naming(bundle):
                 waiting.say("packing")
                 folder = packed.pack(bundle, manifest, digest, chosen)
             alone = "this machine and ONNX Runtime alone"
@@ -392,7 +470,7 @@ _Plot = Annotated[Path | None, typer.Option(metavar="OUT", help="Draw the result
 _Benchmark = Literal["textvqa", "gqa-mcq", "seed", "mmbench", "pope", "scenes", "scenes-unseen"]
 
 
-class _RayCommand(TyperCommand):
+class _RayCommand(_Command):
     """A command whose `--ray` may stand without its ADDRESS, which typer knows no option for."""
 
     def _is_address(self, word: str) -> bool:
@@ -451,8 +529,6 @@ def evaluate(
 ) -> None:
     """Measure answers, not time: a benchmark's score by its official rule."""
     with _errors():
-        import re
-
         from dualfocus.bench import accuracy, questions
         from dualfocus.bench.answers import Answers, Line, Run
         from dualfocus.runtime import DualFocus
@@ -489,6 +565,8 @@ def evaluate(
 
         try:
             with Answers(out, run) as answers, _progress() as watch:
+                if answers.lost is not None:
+                    _say(answers.lost)
                 result = accuracy.run(asked, answers, ask, manifest, limit, threads, watch)
         except KeyboardInterrupt:
             if out is not None:
@@ -501,7 +579,7 @@ benches = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure
 app.add_typer(benches, name="bench")
 
 
-@benches.command("stages")
+@benches.command("stages", cls=_Command)
 def bench_stages(
     bundle: _Bundle = None,
     rounds: Annotated[int, typer.Option(metavar="N", min=2, help="How often the question is asked.")] = 20,
@@ -516,7 +594,7 @@ def bench_stages(
     _bench("stages", bundle, rounds, device, threads, spin, as_json=as_json, save=save, plot=plot)
 
 
-@benches.command("limits")
+@benches.command("limits", cls=_Command)
 def bench_limits(
     bundle: _Bundle = None,
     rounds: _Rounds = 10,
@@ -531,7 +609,7 @@ def bench_limits(
     _bench("limits", bundle, rounds, device, threads, spin, as_json=as_json, save=save, plot=plot)
 
 
-@benches.command("savings")
+@benches.command("savings", cls=_Command)
 def bench_savings(
     bundle: _Bundle = None,
     rounds: _Rounds = 10,
@@ -546,7 +624,7 @@ def bench_savings(
     _bench("savings", bundle, rounds, device, threads, spin, as_json=as_json, save=save, plot=plot)
 
 
-@benches.command("throughput")
+@benches.command("throughput", cls=_Command)
 def bench_throughput(
     bundle: _Bundle = None,
     rounds: _Rounds = 10,
@@ -561,7 +639,7 @@ def bench_throughput(
     _bench("throughput", bundle, rounds, device, threads, spin, as_json=as_json, save=save, plot=plot)
 
 
-@benches.command("gate")
+@benches.command("gate", cls=_Command)
 def bench_gate(
     limit: _Limit = 2000,
     bundle: _Bundle = None,
@@ -576,7 +654,7 @@ def bench_gate(
     _bench("gate", bundle, limit, device, threads, spin, as_json=as_json, save=save, plot=plot)
 
 
-@benches.command("rules")
+@benches.command("rules", cls=_Command)
 def bench_rules(
     limit: _Limit = 2000,
     bundle: _Bundle = None,
@@ -609,6 +687,7 @@ def _bench(
 
         from dualfocus.runtime import Bundle
         from dualfocus.runtime.bundle import BUILT_IN
+        from dualfocus.runtime.files import naming
 
         _check_plot(plot)
         with _needs_train(f"bench {name}"):
@@ -618,10 +697,11 @@ def _bench(
             result = module.run(model, amount, threads, watch, spin=spin)
         _report(result, module.show, as_json=as_json, save=save)
         if plot is not None:
-            module.plot(result, plot)
+            with naming(plot):
+                module.plot(result, plot)
 
 
-@benches.command("compare")
+@benches.command("compare", cls=_Command)
 def bench_compare(
     old: Annotated[Path, typer.Argument(metavar="OLD.json", help="A result that --save kept.")],
     new: Annotated[Path, typer.Argument(metavar="NEW.json", help="A later one of the same benchmark.")],
@@ -635,7 +715,7 @@ def bench_compare(
         _report(result, compare.show, as_json=as_json, save=False)
 
 
-@benches.command("crop")
+@benches.command("crop", cls=_Command)
 def bench_crop(
     rounds: Annotated[int, typer.Option(metavar="N", min=2, help="How often each candidate is timed.")] = 21,
     as_json: _Json = False,
@@ -650,7 +730,7 @@ def bench_crop(
         _report(result, crop.show, as_json=as_json, save=save)
 
 
-@benches.command("peers")
+@benches.command("peers", cls=_Command)
 def bench_peers(
     checkpoint: Annotated[
         Path | None,
@@ -684,6 +764,7 @@ def bench_peers(
 
     with _errors():
         from dualfocus.runtime.errors import InputError
+        from dualfocus.runtime.files import naming
 
         _check_plot(plot)
         with _needs_train("bench peers"):
@@ -694,16 +775,17 @@ def bench_peers(
             raise InputError("bench peers: expected a CHECKPOINT or --random SHAPE, one of them")
         source = checkpoint if random is None else shapes.named(random)
         assert source is not None
-        with _progress() as watch:
+        with _progress() as watch, naming(folder):
             result = peers.run(
                 source, folder, rounds, threads, (precision,) if precision else PRECISIONS, questions, watch
             )
         _report(result, peers.show, as_json=as_json, save=save)
         if plot is not None:
-            peers.plot(result, plot)
+            with naming(plot):
+                peers.plot(result, plot)
 
 
-@benches.command("export")
+@benches.command("export", cls=_Command)
 def bench_export(
     random: Annotated[str, typer.Option(metavar="SHAPE", help="Of the random weights.")] = "llava-7b",
     layout: Annotated[
@@ -725,12 +807,14 @@ def bench_export(
     with _errors():
         with _needs_train("bench export"):
             from dualfocus.bench import export as bench
-        with _progress() as watch:
+        from dualfocus.runtime.files import naming
+
+        with _progress() as watch, naming(folder):
             result = bench.run(shapes.named(random), folder, layout, precision, threads, watch)
         _report(result, bench.show, as_json=as_json, save=save)
 
 
-@benches.command("curate")
+@benches.command("curate", cls=_Command)
 def bench_curate(
     pictures: Annotated[
         int, typer.Option(metavar="N", min=1, help="Of the made-up data set; the real one has 108,077.")
@@ -746,7 +830,7 @@ def bench_curate(
     with _errors():
         with _needs_train("bench curate"):
             from dualfocus.bench import curate as bench
-        with _progress() as watch:
+        with _progress() as watch, _cleaning_up():
             result = bench.run(pictures, folder, watch)
         _report(result, bench.show, as_json=as_json, save=save)
 
@@ -784,7 +868,7 @@ def _report(
     result: dict[str, Any], show: Callable[[dict[str, Any], Console], None], *, as_json: bool, save: bool
 ) -> None:
     if as_json:
-        print(json.dumps(result))
+        _print_json(result)
     else:
         show(result, _console())
     if save:
@@ -813,11 +897,25 @@ def _watched(stream: TextIO | None) -> bool:
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """What a user gave, or this machine has, and cannot be used ends the command with one sentence."""
-    from dualfocus.runtime.errors import InputError
+    """What a user gave, or this machine has, and cannot be used ends the command with one sentence.
 
+    What libraries would say beside it is not shown.
+    """
+    import logging
+
+    from dualfocus.runtime.errors import InputError, PictureWarning
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model says what not every terminal's encoding has
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("default", PictureWarning)
+            yield
+            if sys.stdout is not None:
+                sys.stdout.flush()  # while what fails is still a sentence
     except InputError as error:
         _refuse(error)
     except MemoryError:
@@ -825,8 +923,28 @@ def _errors() -> Iterator[None]:
     except BrokenPipeError:  # a reader that left has heard enough; typer ends quietly
         raise
     except OSError as error:
-        place = "" if error.filename is None else f"{error.filename}: "
-        _refuse(f"{place}{error.strerror or error}")
+        _say_unwritten(error)
+        raise typer.Exit(2) from None
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def _cleaning_up() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end what is done as Ctrl-C does, which removes what is unfinished."""
+
+    def end(number: int, _: object) -> NoReturn:
+        signal.signal(number, signal.SIG_IGN)  # once is enough
+        raise SystemExit(128 + number)
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _refuse(reason: object) -> NoReturn:
@@ -835,7 +953,43 @@ def _refuse(reason: object) -> NoReturn:
 
 
 def _say(reason: object) -> None:
-    typer.echo("dualfocus: " + _line(str(reason)), err=True)
+    sentence = _line(str(reason))
+    if len(sentence) > LONGEST:
+        sentence = f"{sentence[:LONGEST]} …"
+    with suppress(OSError):  # there is nowhere else to say it
+        typer.echo(f"dualfocus: {sentence}", err=True)
+
+
+def _say_unwritten(error: OSError) -> None:
+    """Say what the system refused, and of which file."""
+    place = error.filename
+    if place is None and error.errno in UNWRITTEN:
+        place = "standard output"
+        stream = sys.__stdout__
+        if stream is not None and sys.stdout is stream:  # Python would try again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    _say(f"{f'{place}: ' if place is not None else ''}{error.strerror or error}")
+
+
+def _wrong_call(error: Any) -> str:
+    """Click's message as a clause, and where more is said."""
+    path = error.ctx.command_path if error.ctx is not None else "dualfocus"
+    found = getattr(error, "found", None)
+    if found is not None:
+        is_option = error.param.param_type_name == "option"
+        name = max(error.param.opts, key=len) if is_option else error.param.metavar
+        why = error.message.rstrip(".").removeprefix("Value error, ").removeprefix(f"{found!r} ")
+        reason = f"{name} {found!r} {why.replace('Input should', 'should')}"
+    else:
+        reason = error.format_message().replace(". Choose from:", ", expected").replace(". Did", ", did")
+        reason = reason[:1].lower() + reason[1:].rstrip(".?")
+    return f"{reason}; `{path} --help` says more"
+
+
+def _print_json(value: object, indent: int | None = None) -> None:
+    from dualfocus.runtime.files import to_json
+
+    print(to_json(value, indent), flush=True)  # in ASCII, which every stdout can take
 
 
 def _standard_input() -> bytes:
@@ -939,17 +1093,23 @@ def _check_writable(option: str, path: Path) -> None:
     if not os.path.isdir(path.parent):  # unlike Path.is_dir, it raises nothing
         raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
     exists = os.path.exists(path)
-    if os.path.isdir(path) or not all(os.access(p, os.W_OK) for p in [path.parent, path][: 1 + exists]):
+    if exists and not os.path.isfile(path):
+        raise InputError(f"{option} {path}: is not a regular file")
+    if not all(os.access(p, os.W_OK) for p in [path.parent, path][: 1 + exists]):
         raise InputError(f"{option} {path}: cannot be written")
 
 
 def _save(image: PillowImage, path: Path) -> None:
     """Write `image` to `path`: all of it, or nothing."""
+    from PIL import Image
+
     from dualfocus.runtime.errors import InputError
 
-    unfinished = path.with_name(f".{os.getpid()}{path.suffix}")
+    unfinished = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
     try:
-        image.save(unfinished)
+        # a new file: never through a link that somebody put there
+        with os.fdopen(os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), "w+b") as file:
+            image.save(file, Image.registered_extensions()[path.suffix.lower()])
         unfinished.replace(path)
     except (OSError, ValueError) as error:  # ValueError: a format that knows no such picture
         raise InputError(f"--show {path}: {getattr(error, 'strerror', None) or error}") from None
@@ -1040,7 +1200,7 @@ def _print_devices(*, as_json: bool) -> None:
 
     found = survey()
     if as_json:
-        print(json.dumps(found, indent=2))
+        _print_json(found, indent=2)
         return
     rows = Table.grid(padding=(0, 2))
     for kind, why in found["devices"].items():
@@ -1070,8 +1230,6 @@ def _console() -> Console:
     """Standard output; as wide as it takes where no terminal limits it."""
     from rich.console import Console
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a model says what not every terminal's encoding has
     return Console(highlight=False) if _watched(sys.stdout) else Console(highlight=False, width=1000)
 
 
@@ -1083,6 +1241,7 @@ def _stderr() -> Console:
 
 def main() -> None:
     """The entry point of `dualfocus`."""
+    warnings.formatwarning = lambda message, *_, **__: f"dualfocus: {_line(str(message))}\n"
     app(prog_name="dualfocus")
 
 

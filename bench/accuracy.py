@@ -10,10 +10,10 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 import statistics
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualfocus.bench import harness, scorers
@@ -21,17 +21,22 @@ from dualfocus.bench.answers import Answers, Line, Run, fingerprint
 from dualfocus.bench.harness import Watch
 from dualfocus.bench.questions import Asked, Benchmark, File, Source
 from dualfocus.runtime import DualFocus, InputError
+from dualfocus.runtime.errors import QuestionError
 from dualfocus.runtime.image import Picture
 from dualfocus.runtime.manifest import Manifest
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 Ask = Callable[[Sequence[Asked]], Iterable[Line]]  # in any order, as they come
 
 
 def ask_all(model: DualFocus, run: Run, questions: Iterable[Asked]) -> Iterator[Line]:
-    """Answer every question, several at once, in order; of neighbours about one picture, it is read once."""
+    """Answer every question, several at once, in order; of neighbours about one picture, it is read once.
+
+    A question that the model cannot be asked is a line without an answer, and ends nothing.
+    """
     latest: dict[Source, Picture] = {}
     pictures: deque[Picture] = deque()
 
@@ -48,9 +53,12 @@ def ask_all(model: DualFocus, run: Run, questions: Iterable[Asked]) -> Iterator[
     for asked in ours:
         try:
             result = next(answers)
+        except QuestionError as error:
+            yield run.unanswered(asked, pictures.popleft(), str(error))
         except InputError as error:
             raise InputError(f"question {asked.id}: {error}") from None
-        yield run.line(asked, pictures.popleft(), result)
+        else:
+            yield run.line(asked, pictures.popleft(), result)
 
 
 def answer_all(
@@ -69,7 +77,7 @@ def answer_all(
     for key in answers.lines:
         if key not in known:
             raise InputError(
-                f"{answers.path} answers the question {key[0]!r}, {key[1]!r:.60}, "
+                f"{answers.path} answers the question {key[0]!r:.100}, {key[1]!r:.60}, "
                 f"which is not among the {len(known):,} of {benchmark.name}"
             )
     asked = list({asked.key: asked for asked in benchmark.first(limit)}.values())
@@ -77,16 +85,18 @@ def answer_all(
     gone = [
         f.path
         for f in {of.picture for of in todo if isinstance(of.picture, File)}
-        if not Path(f.path).is_file()
+        if not os.path.isfile(f.path)  # False for a name that no file can have
     ]
     if gone:
-        raise InputError(f"{len(gone):,} pictures are missing, the first of them {min(gone)}")
+        raise InputError(f"{len(gone):,} pictures are missing, the first of them {min(gone)!r:.300}")
     if not todo:
         return
     if answers.lines:
         key, line = list(answers.lines.items())[-1]
         if fingerprint(known[key].picture.read()) != line["metadata"]["picture"]:
-            raise InputError(f"{answers.path}: the picture of the question {key[0]!r} is another one by now")
+            raise InputError(
+                f"{answers.path}: the picture of the question {key[0]!r:.100} is another one by now"
+            )
     done = len(asked) - len(todo)
     watch("asking", done, len(asked))
     for line in ask(todo):
@@ -98,22 +108,45 @@ def answer_all(
 def summarise(benchmark: Benchmark, answers: Answers, limit: int | None) -> dict[str, Any]:
     """Scores by row and pass, each with its interval; boxes, choices and latency.
 
-    Answers are found by their questions, wherever they stand. Raises InputError if one is missing.
+    Answers are found by their questions, wherever they stand. A question that could not be asked counts as
+    answered wrong. Scores are None where the benchmark keeps its answers to itself. Raises InputError if an
+    answer is missing.
     """
     asked = benchmark.first(limit)
     missing = [of for of in asked if of.key not in answers.lines]
     if missing:
         raise InputError(
             f"{answers.path} lacks {len(missing):,} of {len(asked):,} answers, the first of them "
-            f"to the question {missing[0].id!r}: there is no score without them"
+            f"to the question {missing[0].id!r:.100}: there is no score without them"
         )
     lines = [answers.lines[of.key] for of in asked]
+    told = [line["metadata"] for line in lines if not _is_unanswered(line)]
+    times = [of["ms"] for of in told]
+    shown = [of for of, line in zip(asked, lines, strict=True) if not _is_unanswered(line)]
+    scores = _scores(benchmark, asked, lines) if benchmark.scored else {"accuracy": None, "yes_no": {}}
+    return {
+        "mode": answers.run.mode,
+        "questions": len({of.unit for of in asked}),
+        "of": benchmark.size,
+        **scores,
+        "boxes": None if answers.run.mode == "macro" or not told else _boxes(shown, told),
+        "chosen": dict(Counter(of["chosen"] for of in told)),
+        "fallbacks": sum(of["fallback"] is not None for of in told),
+        "unanswered": len(lines) - len(told),
+        "mean_ms": round(statistics.mean(times), 2) if times else None,
+        "median_ms": round(statistics.median(times), 2) if times else None,
+        "notes": list(benchmark.notes),
+    }
+
+
+def _scores(benchmark: Benchmark, asked: Sequence[Asked], lines: Sequence[Line]) -> dict[str, Any]:
     said = [_said(of, line) for of, line in zip(asked, lines, strict=True)]
     scores: dict[object, dict[str, float]] = {}
     groups: dict[object, tuple[str, ...]] = {}
-    for of, texts in zip(asked, said, strict=True):
+    for of, line, texts in zip(asked, lines, said, strict=True):
         rule = scorers.pope if {*of.groups} & {*benchmark.yes_no} else benchmark.rule
-        found = {name: rule(text, of.references) for name, text in texts.items()}
+        wrong = _is_unanswered(line)  # whatever the rule reads in an empty text
+        found = {name: 0.0 if wrong else rule(text, of.references) for name, text in texts.items()}
         if "dual" in found:
             found["oracle"] = max(found["macro"], found["micro"])
         before = scores.get(of.unit, found)
@@ -126,8 +159,8 @@ def summarise(benchmark: Benchmark, answers: Answers, limit: int | None) -> dict
     judged = {
         group: {
             name: scorers.yes_no(
-                (scorers.says_yes(texts[name]), "yes" in of.references)
-                for of, texts in zip(asked, said, strict=True)
+                (_says_yes(of, line, texts[name]), "yes" in of.references)
+                for of, line, texts in zip(asked, lines, said, strict=True)
                 if group in of.groups
             )
             for name in said[0]
@@ -135,20 +168,16 @@ def summarise(benchmark: Benchmark, answers: Answers, limit: int | None) -> dict
         for group in benchmark.yes_no
         if members[group]
     }
-    told = [line["metadata"] for line in lines]
-    times = [of["ms"] for of in told]
-    return {
-        "mode": answers.run.mode,
-        "questions": len(scores),
-        "of": benchmark.size,
-        "accuracy": {group: _row(of) for group, of in members.items() if of},
-        "yes_no": judged,
-        "boxes": None if answers.run.mode == "macro" else _boxes(asked, told),
-        "chosen": dict(Counter(of["chosen"] for of in told)),
-        "fallbacks": sum(of["fallback"] is not None for of in told),
-        "mean_ms": round(statistics.mean(times), 2),
-        "median_ms": round(statistics.median(times), 2),
-    }
+    return {"accuracy": {group: _row(of) for group, of in members.items() if of}, "yes_no": judged}
+
+
+def _says_yes(asked: Asked, line: Line, text: str) -> bool:
+    """What is not answered says the wrong one of yes and no."""
+    return "yes" not in asked.references if _is_unanswered(line) else scorers.says_yes(text)
+
+
+def _is_unanswered(line: Line) -> bool:
+    return line["metadata"].get("unanswered") is not None
 
 
 def _said(asked: Asked, line: Line) -> dict[str, str]:
@@ -156,6 +185,8 @@ def _said(asked: Asked, line: Line) -> dict[str, str]:
     metadata = line["metadata"]
     if metadata["mode"] != "dual":
         return {metadata["mode"]: line["text"]}
+    if _is_unanswered(line):
+        return dict.fromkeys(("macro", "micro", "dual"), "")
     macro, micro = metadata["macro"], metadata["micro"]
     return {
         "macro": asked.final(macro),
@@ -216,26 +247,16 @@ def run(
 
 def show(result: Mapping[str, Any], console: Console) -> None:
     """The result as tables for people: percent, with 95 % intervals."""
-    from rich.table import Table
-
     count = f"{result['questions']:,} questions"
     if result["questions"] < result["of"]:
         count = f"the first {count} of {result['of']:,}, which is no score of the benchmark"
     console.print(f"{result['bench']}, {result['bundle']}: {count}", markup=False)
-    rows = list(result["accuracy"].values())
-    names = [name for name in ("macro", "micro", "dual", "oracle") if name in rows[0]]
-    main = result["mode"]
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    for column in ("questions", *names, *(["dual - macro"] if "gain" in rows[0] else [])):
-        table.add_column(column, justify="right")
-    for group, row in result["accuracy"].items():
-        cells = [f"{100 * row[name]['share']:.1f}" for name in names]
-        cells[names.index(main)] += f" ({_interval(row[main])})"
-        if "gain" in row:
-            cells.append(f"{100 * row['gain']['mean']:+.1f} ({_interval(row['gain'])})")
-        table.add_row(group, str(row["questions"]), *cells)
-    console.print(table)
+    if result["accuracy"] is not None:
+        console.print(_table(result))
+    for note in result["notes"]:
+        console.print(note, markup=False)
+    if result["unanswered"]:
+        console.print(f"not answered, which counts as wrong: {result['unanswered']:,} too long for the model")
     if result["yes_no"]:
         _show_yes_no(result["yes_no"], console)
     if boxes := result["boxes"]:
@@ -248,11 +269,32 @@ def show(result: Mapping[str, Any], console: Console) -> None:
             told.append(f"IoU of at least 0.5 in {_share(boxes['iou_50'])} of {boxes['asked']}")
         console.print(", ".join(told))
     chosen, asked = result["chosen"], sum(result["chosen"].values())
+    if not asked:
+        return
     passes = ", ".join(f"{name} {100 * count / asked:.1f} %" for name, count in chosen.items())
     console.print(
         f"chosen: {passes}; no micro answer: {100 * result['fallbacks'] / asked:.1f} %; "
         f"a mean of {result['mean_ms']} ms, median {result['median_ms']} ms"
     )
+
+
+def _table(result: Mapping[str, Any]) -> Table:
+    from rich.table import Table
+
+    rows = list(result["accuracy"].values())
+    names = [name for name in ("macro", "micro", "dual", "oracle") if name in rows[0]]
+    main = result["mode"]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for column in ("questions", *names, *(["dual - macro"] if "gain" in rows[0] else [])):
+        table.add_column(column, justify="right")
+    for group, row in result["accuracy"].items():
+        cells = [f"{100 * row[name]['share']:.1f}" for name in names]
+        cells[names.index(main)] += f" ({_interval(row[main])})"
+        if "gain" in row:
+            cells.append(f"{100 * row['gain']['mean']:+.1f} ({_interval(row['gain'])})")
+        table.add_row(harness.plain(group), str(row["questions"]), *cells)
+    return table
 
 
 def markdown(*results: Mapping[str, Any]) -> str:

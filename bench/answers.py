@@ -6,7 +6,9 @@ A line is LLaVA's ``{question_id, prompt, text, answer_id, model_id, metadata}``
 scripts can read it; what is asked twice, as by TextVQA, has one. Of `metadata`, ``benchmark``, ``mode`` and
 ``bundle`` say which run it is of, and the rest what both passes said: ``macro`` and ``micro`` (null where
 there was none), ``chosen``, ``fallback``, ``box`` and ``crop`` in pixels of the picture, its ``size``,
-``losses`` and ``confidence`` of macro and micro, ``ms``, and ``picture``, a hash of its pixels.
+``losses`` and ``confidence`` of macro and micro, ``ms``, and ``picture``, a hash of its pixels. A
+question that the model cannot be asked, as one longer than its context, has an empty text, and
+``unanswered`` says why.
 """
 
 from __future__ import annotations
@@ -14,34 +16,68 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import stat
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from dualfocus.bench.questions import Asked, Key
+import msgspec
+from msgspec import Meta
+
+from dualfocus.bench.questions import Asked, Id, Key
 from dualfocus.runtime import FocusResult, InputError
+from dualfocus.runtime.files import naming, to_json
 from dualfocus.runtime.image import Picture
 from dualfocus.runtime.prefix_cache import image_name
 from dualfocus.runtime.result import Answer, Mode
 
 Line = dict[str, Any]
 
-FIELDS = {
-    "question_id": str | int,
-    "prompt": str,
-    "text": str,
-    "answer_id": str,
-    "model_id": str,
-    "metadata": dict,
-}
-METADATA = {
-    "benchmark": str, "mode": str, "bundle": str, "macro": str | None, "micro": str | None, "chosen": str,
-    "fallback": str | None, "box": list | None, "crop": list | None, "size": list, "losses": list,
-    "confidence": list, "ms": int | float, "picture": str,
-}  # fmt: skip
+_Pixel = Annotated[int, Meta(ge=0, le=1 << 31)]
+_Side = Annotated[int, Meta(ge=1, le=1 << 31)]
+
+
+class _Metadata(msgspec.Struct):
+    benchmark: str
+    mode: str
+    bundle: str
+    macro: str | None
+    micro: str | None
+    chosen: Literal["macro", "micro", "none"]
+    fallback: str | None
+    box: tuple[float, float, float, float] | None
+    crop: tuple[_Pixel, _Pixel, _Pixel, _Pixel] | None
+    size: tuple[_Side, _Side]
+    losses: tuple[float | None, float | None]
+    confidence: tuple[float | None, float | None]
+    ms: Annotated[float, Meta(ge=0, le=1e12)]
+    picture: str
+    unanswered: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where fields contradict each other."""
+        if self.mode == "dual" and self.macro is None and self.unanswered is None:
+            raise ValueError("a dual answer without a macro one")
+        if (self.chosen == "none") != (self.unanswered is not None):
+            raise ValueError(f"chosen is {self.chosen} and unanswered {self.unanswered!r:.40}")
+        if self.crop is not None:
+            x0, y0, x1, y1 = self.crop
+            if self.box is None or x0 >= x1 or y0 >= y1:
+                raise ValueError("a crop that is empty, or of no box")
+
+
+class _Line(msgspec.Struct):
+    question_id: Id
+    prompt: str
+    text: str
+    answer_id: str
+    model_id: str
+    metadata: _Metadata
+
+
 BEGIN = b'{"question_id": '  # of every line that `Run.line` makes
 SYNC_AFTER = 1.0  # seconds: a kill loses no answer, a power cut those of a second
 
@@ -58,27 +94,43 @@ class Run:
     def line(self, asked: Asked, picture: Picture, result: FocusResult) -> Line:
         """The line of an answered question."""
         passes = result.macro, result.micro
+        return self._line(
+            asked,
+            picture,
+            asked.final(result.answer),
+            **{name: of and of.text for name, of in zip(("macro", "micro"), passes, strict=True)},
+            chosen=result.chosen,
+            fallback=result.fallback,
+            box=result.box and list(result.box.corners),
+            crop=result.crop and list(result.crop),
+            losses=[of and of.loss for of in passes],
+            confidence=[_confidence(of) for of in passes],
+            ms=round(result.times_ms["total"], 3),
+        )
+
+    def unanswered(self, asked: Asked, picture: Picture, why: str) -> Line:
+        """The line of a question that the model cannot be asked."""
+        nothing = dict.fromkeys(("macro", "micro", "fallback", "box", "crop"))
+        two = [None, None]
+        return self._line(
+            asked, picture, "", **nothing, chosen="none", losses=two, confidence=two, ms=0.0, unanswered=why
+        )
+
+    def _line(self, asked: Asked, picture: Picture, text: str, **metadata: Any) -> Line:
         height, width = picture.shape[:2]
         seed = json.dumps([self.benchmark, self.mode, self.bundle, *asked.key])
         return {
             "question_id": asked.id,
             "prompt": asked.prompt,
-            "text": asked.final(result.answer),
+            "text": text,
             "answer_id": str(uuid.uuid5(uuid.NAMESPACE_OID, seed)),
             "model_id": self.model,
             "metadata": {
                 "benchmark": self.benchmark,
                 "mode": self.mode,
                 "bundle": self.bundle,
-                **{name: of and of.text for name, of in zip(("macro", "micro"), passes, strict=True)},
-                "chosen": result.chosen,
-                "fallback": result.fallback,
-                "box": result.box and list(result.box.corners),
-                "crop": result.crop and list(result.crop),
+                **metadata,
                 "size": [width, height],
-                "losses": [of and of.loss for of in passes],
-                "confidence": [_confidence(of) for of in passes],
-                "ms": round(result.times_ms["total"], 3),
                 "picture": fingerprint(picture),
             },
         }
@@ -97,20 +149,27 @@ class Answers:
     """A run's answers by question, and the file that they are appended to, if there is one.
 
     Opening the file takes it for this process alone, drops what a killed one had half written of its last
-    line, and raises InputError if what it holds is not of this run.
+    line, and what a power cut left of its end; it raises InputError if what the file holds is not of this
+    run. `lost` says in a sentence what a power cut took.
     """
 
     def __init__(self, path: Path | None, run: Run) -> None:
         self.path = path
         self.run = run
         self.lines: dict[Key, Line] = {}
+        self.lost: str | None = None
         self._file: int | None = None
         self._synced = time.monotonic()
 
     def __enter__(self) -> Answers:
         if self.path is not None:
             self._is_new = not self.path.exists()
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            # a FIFO without a reader would block the opening
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
+            try:
+                self._file = os.open(self.path, flags, 0o666)
+            except OSError as error:
+                raise InputError(f"{self.path} cannot be written: {error.strerror}") from None
             try:
                 self._take(self.path, self._file)
             except BaseException:
@@ -119,23 +178,29 @@ class Answers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            os.fsync(self._file)
-            os.close(self._file)
-            if self.path is not None and self._is_new and not self.lines:
+        if self._file is not None and self.path is not None:
+            try:
+                with naming(self.path):
+                    os.fsync(self._file)
+            finally:
+                os.close(self._file)
+            if self._is_new and not self.lines:
                 self.path.unlink()  # nothing was answered
+            else:
+                _sync_name(self.path)
 
     def append(self, line: Line) -> None:
         """Take an answer, and have it written before this returns."""
         key = line["question_id"], line["prompt"]
         assert key not in self.lines, f"question {key} was answered twice"
-        if self._file is not None:
-            rest = (json.dumps(line) + "\n").encode()
-            while rest:
-                rest = rest[os.write(self._file, rest) :]
-            if time.monotonic() - self._synced > SYNC_AFTER:
-                os.fsync(self._file)
-                self._synced = time.monotonic()
+        if self._file is not None and self.path is not None:
+            rest = (to_json(line) + "\n").encode()
+            with naming(self.path):
+                while rest:
+                    rest = rest[os.write(self._file, rest) :]
+                if time.monotonic() - self._synced > SYNC_AFTER:
+                    os.fsync(self._file)
+                    self._synced = time.monotonic()
         self.lines[key] = line
 
     def arrange(self, keys: Iterable[Key]) -> None:
@@ -148,19 +213,26 @@ class Answers:
         if self.path is not None and list(ordered) != list(self.lines):
             path = self.path.resolve()  # a link stays one
             aside = path.with_name(f".{path.name}.new")
-            with aside.open("wb") as file:
-                file.writelines((json.dumps(line) + "\n").encode() for line in ordered.values())
+            with naming(aside), aside.open("wb") as file:
+                file.writelines((to_json(line) + "\n").encode() for line in ordered.values())
                 file.flush()
                 os.fsync(file.fileno())
             aside.replace(path)
+            _sync_name(path)
         self.lines = ordered
 
     def _take(self, path: Path, file: int) -> None:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise InputError(f"{path} is not a regular file, expected one for the answers")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{path} is being written by another process") from None
-        whole, end, cut = path.read_bytes().rpartition(b"\n")
+        content = path.read_bytes()
+        written = content.rstrip(b"\0")
+        whole, end, cut = written.rpartition(b"\n")
+        if content and not written:
+            raise InputError(f"{path} holds nothing but NUL bytes, as a power cut can leave it: remove it")
         if not cut.startswith(BEGIN[: len(cut)]):
             raise InputError(f"{path}: its last line is not an answer that `dualfocus eval` wrote")
         for number, text in enumerate((whole + end).splitlines(), 1):
@@ -169,31 +241,50 @@ class Answers:
             key = line["question_id"], line["prompt"]
             if key in self.lines:
                 raise InputError(
-                    f"{where} answers the question {key[0]!r} again, expected one answer to each"
+                    f"{where} answers the question {key[0]!r:.100} again, expected one answer to each"
                 )
             self.lines[key] = line
-        if cut:
+        if lost := len(content) - len(written):
+            size = (len(whole + end) / len(self.lines)) if self.lines else len(cut) + lost
+            count = max(1, round((len(cut) + lost) / size))
+            self.lost = (
+                f"{path}: its last {lost:,} bytes are NUL, as a power cut leaves them: about {count:,} of "
+                "its answers are lost, and are asked for again"
+            )
+        if len(whole + end) < len(content):
             os.ftruncate(file, len(whole + end))
 
     def _check(self, where: str, text: bytes) -> Line:
         try:
-            line: Line = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            line = msgspec.json.decode(text)
+            msgspec.convert(line, _Line)
+        except msgspec.ValidationError as error:
+            raise InputError(
+                f"{where} is not an answer that `dualfocus eval` wrote: {error!s:.300}"
+            ) from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise InputError(f"{where} is not JSON: {error}") from None
-        if not _has(line, FIELDS) or not _has(metadata := line["metadata"], METADATA):
-            raise InputError(f"{where} is not an answer that `dualfocus eval` wrote")
+        metadata = line["metadata"]
         found = Run(metadata["benchmark"], metadata["mode"], line["model_id"], metadata["bundle"])
         if found != self.run:
             raise InputError(f"{where} is of {_words(found)}, expected {_words(self.run)}")
-        return line
+        checked: Line = line
+        return checked
 
 
-def _has(entry: object, kinds: Mapping[str, Any]) -> bool:
-    """Whether it is an object with all these fields, of these types."""
-    return isinstance(entry, dict) and all(
-        name in entry and isinstance(entry[name], kind) for name, kind in kinds.items()
-    )
+def _sync_name(path: Path) -> None:
+    """Bring the file's name to the disk, after a rename or its first writing."""
+    folder = os.open(path.resolve().parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _words(run: Run) -> str:
-    return f"{run.benchmark} in mode {run.mode} by the bundle {run.model} ({run.bundle})"
+    benchmark, mode, model, bundle = map(_short, (run.benchmark, run.mode, run.model, run.bundle))
+    return f"{benchmark} in mode {mode} by the bundle {model} ({bundle})"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 and text.isprintable() else f"{text!r:.60}"

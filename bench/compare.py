@@ -7,12 +7,15 @@ without quartiles are compared as they are.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from dualfocus.bench.harness import plain
 from dualfocus.runtime.errors import InputError
+from dualfocus.runtime.files import convert, read_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,14 +26,27 @@ CENTRES = ("median", "share", "mean")  # of a timing, of answers that are right,
 SKIPPED = ("schema", "machine", "timeline", "rounds", "share")  # not measured, or parts of what is
 
 
+class _Machine(msgspec.Struct):
+    date: str
+    versions: dict[str, str]
+
+
+class _Result(msgspec.Struct):
+    """What every result has."""
+
+    schema: int
+    bench: str
+    machine: _Machine
+
+
 def read(path: Path) -> dict[str, Any]:
     """A result's file. InputError if it is none."""
+    result = read_json(path, dict[str, Any], InputError)
+    convert(result, _Result, InputError, f"{path} is not a benchmark's result")
     try:
-        result = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
-    if not isinstance(result, dict) or not {"schema", "bench", "machine"} <= result.keys():
-        raise InputError(f"{path} is not a benchmark's result: it has no schema, bench and machine")
+        repr(result), *_figures(result)
+    except RecursionError:
+        raise InputError(f"{path} is nested too deeply to be compared") from None
     return result
 
 
@@ -41,7 +57,7 @@ def run(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """
     for key, what in (("bench", "benchmarks"), ("schema", "schemas")):
         if old[key] != new[key]:
-            raise InputError(f"these are results of two {what}, {old[key]!r} and {new[key]!r}")
+            raise InputError(f"these are results of two {what}, {old[key]!r:.60} and {new[key]!r:.60}")
     before, after = dict(_figures(old)), dict(_figures(new))
     rows = {name: _row(before[name], after[name]) for name in before if name in after}
     return {
@@ -57,7 +73,8 @@ def run(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 def _figures(value: Any, name: str = "") -> Iterator[tuple[str, Mapping[str, float]]]:
     """All figures by where they stand: centre and interval, or a figure that is its own centre."""
     if isinstance(value, Mapping):
-        centre = next((key for key in CENTRES if {key, "low", "high"} <= value.keys()), None)
+        numbers = {key for key, of in value.items() if _is_number(of)}
+        centre = next((key for key in CENTRES if {key, "low", "high"} <= numbers), None)
         if centre is not None:
             yield name, {"median": value[centre], "low": value["low"], "high": value["high"]}
         for key, of in value.items():
@@ -66,10 +83,15 @@ def _figures(value: Any, name: str = "") -> Iterator[tuple[str, Mapping[str, flo
                 yield from _figures(of, f"{name} / {key}" if name else key)
     elif isinstance(value, list):
         for i, of in enumerate(value):
-            told = [of[key] for key in NAMES if key in of] if isinstance(of, Mapping) else []
+            told = [str(of[key]) for key in NAMES if key in of] if isinstance(of, Mapping) else []
             yield from _figures(of, f"{name} / {' '.join(told) or i}")
-    elif isinstance(value, int | float) and not isinstance(value, bool):
+    elif _is_number(value):
         yield name, {"median": value}
+
+
+def _is_number(value: Any) -> bool:
+    """One that can be compared and shown, which no more than a float holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _row(old: Mapping[str, float], new: Mapping[str, float]) -> dict[str, Any]:
@@ -102,9 +124,9 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     """The comparison as a table for people. Figures that are no timings are shown where they differ."""
     from rich.table import Table
 
-    console.print(f"{result['bench']}, {result['dates'][0]} -> {result['dates'][1]}", markup=False)
+    console.print(plain(f"{result['bench']}, {result['dates'][0]} -> {result['dates'][1]}"))
     for name, (old, new) in result["differences"].items():
-        console.print(f"not the same {name}: {old} -> {new}", markup=False)
+        console.print(plain(f"not the same {name}: {old} -> {new}"))
     table = Table(box=None, pad_edge=False)
     for column in ("", "old", "new", "new / old", ""):
         table.add_column(column, justify="right" if column else "left")
@@ -112,9 +134,9 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         if row["timed"] or row["changed"]:
             ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
             mark = "changed" if row["changed"] and row["timed"] else ""
-            table.add_row(name, f"{row['old']:.6g}", f"{row['new']:.6g}", ratio, mark)
+            table.add_row(plain(name), f"{row['old']:.6g}", f"{row['new']:.6g}", ratio, mark)
     console.print(table)
     for which in ("old", "new"):
         if names := result[f"only_{which}"]:
-            console.print(f"only in the {which} one: {', '.join(names)}", markup=False)
+            console.print(plain(f"only in the {which} one: {', '.join(names)}"))
     console.print("changed: the intervals of both runs are apart", style="dim")

@@ -23,6 +23,7 @@ import numpy as np
 from dualfocus.bench import harness
 from dualfocus.bench.harness import Watch
 from dualfocus.runtime.errors import InputError
+from dualfocus.runtime.files import naming
 from dualfocus.train import visual_genome
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ def run(pictures: int, folder: Path | None, watch: Watch) -> dict[str, Any]:
             for i, records in enumerate(records_of(pictures, planted))
             if not watch("writing a Visual Genome", i, pictures)
         )
-        visual_genome.write(source, made)
+        with naming(source):
+            visual_genome.write(source, made)
         sizes = {path.name: path.stat().st_size for path in sorted(source.iterdir())}
         watch("curating", 0, 1)
         command = [sys.executable, "-m", "dualfocus.cli", "curate", "--visual-genome", str(source)]

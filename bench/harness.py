@@ -22,7 +22,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -39,9 +38,11 @@ from typing import TYPE_CHECKING, Any
 from dualfocus import kernels
 from dualfocus.bench import fresh
 from dualfocus.runtime.errors import InputError
+from dualfocus.runtime.files import naming, to_json
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from dualfocus.runtime.manifest import Manifest
 
@@ -202,6 +203,13 @@ def verdict(figure: Mapping[str, Any]) -> str:
     return f"wanted {figure['wanted']}: {'met' if figure['met'] else 'missed'}"
 
 
+def plain(text: str) -> Text:
+    """What a file says, for a table: not read as rich's markup, nor obeyed by a terminal."""
+    from rich.text import Text
+
+    return Text(text if text.isprintable() else repr(text))
+
+
 def save(result: Mapping[str, Any], folder: Path | None = None) -> Path:
     """Writes bench/results/<today>-<bench>[-<bundle>[-<precision>]].json, float32 being the precision that is
     not named; a second run on one day replaces the first. `folder` is another one to write to.
@@ -211,7 +219,8 @@ def save(result: Mapping[str, Any], folder: Path | None = None) -> Path:
     words = [str(datetime.datetime.now(datetime.UTC).date()), result["bench"]]
     words += [result[key] for key in ("bundle", "precision") if result.get(key, "fp32") != "fp32"]
     path = folder / (re.sub(r"[^\w.-]+", "_", "-".join(words)) + ".json")
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    with naming(path):
+        path.write_text(to_json(result, indent=2) + "\n", encoding="utf-8")
     return path
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from dualfocus import cli
-from dualfocus.runtime import Bundle, DualFocus
+from dualfocus.runtime import Bundle, DualFocus, FocusResult
 from dualfocus.runtime.show import annotate
 
 COUNTERS = [
@@ -384,7 +385,71 @@ def test_bad_bundles(photo, bundle, tmp_path):
     ],
 )
 def test_wrong_usage(arguments):
-    assert run(*arguments).exit_code == 2
+    assert refused(run(*arguments)).endswith("--help` says more")
+
+
+COMMANDS = [[name] for name in ("ask", "export", "curate", "inspect", "pack", "eval", "bench")] + [
+    ["bench", name]
+    for name in (
+        "stages", "limits", "savings", "throughput", "gate", "rules", "compare", "crop", "peers", "export",
+        "curate",
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [[], *COMMANDS], ids=" ".join)
+def test_every_command_names_what_was_wrong_and_where_more_is_said(command):
+    sentence = refused(run(*command, "--no-such", "x"))
+    assert "--no-such" in sentence
+    assert f"`{' '.join(['dualfocus', *command])} --help`" in sentence
+    assert run(*command, "--help").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "missing command, expected ask, export, curate"),
+        (["bench"], "missing command, expected stages, limits"),
+        (["aks"], "'aks', did you mean 'ask'"),
+        (["bench", "nothing"], "'nothing'"),
+        (["ask"], "PICTURE"),
+        (["ask", "a.png"], "QUESTION"),
+        (["ask", "a.png", "Q", "--mode", "x"], "--mode 'x' is not one of 'dual', 'macro', 'micro'"),
+        (["ask", "a.png", "Q", "--threads", "0"], "--threads '0' should be greater than or equal to 1"),
+        (["ask", "a.png", "Q", "--threads", "some"], "--threads 'some'"),
+        (["ask", "a.png", "Q", "--bundle"], "--bundle"),
+        (["ask", "", "Q"], "PICTURE '' is empty"),
+        (["inspect", "a", "b"], "(b)"),
+        (["eval"], "BENCHMARK"),
+        (["eval", "other"], "BENCHMARK 'other' is not one of 'textvqa', 'gqa-mcq'"),
+        (["eval", "pope", "--data", ""], "--data '' is empty"),
+        (["eval", "pope", "--data", "https://a.org/x"], "--data 'https://a.org/x' is a URL"),
+        (["eval", "pope", "--data", ".", "-o", ""], "--out '' is empty"),
+        (["eval", "pope", "--data", ".", "--ray="], "--ray '' is empty"),
+        (["curate", "--visual-genome", "", "-o", "x"], "--visual-genome '' is empty"),
+        (["inspect", "s3://bucket/bundle"], "BUNDLE 's3://bucket/bundle' is a URL"),
+        (["bench", "stages", "--rounds", "1"], "--rounds '1' should be greater than or equal to 2"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(arguments, said):
+    assert said in refused(run(*arguments))
+
+
+@pytest.mark.parametrize("question", ["", " ", "\t\n", "\u3000"])
+def test_an_empty_question_needs_no_model(question, tmp_path):
+    assert refused(run("ask", "none.png", "What?", question, "--bundle", tmp_path)) == "the question is empty"
+
+
+def test_json_has_no_word_for_what_is_no_number(photo, bundle, monkeypatch):
+    def unknown(self: FocusResult) -> dict[str, object]:
+        return {"answer": "a", "macro": {"loss": float("nan"), "confidence": [float("-inf"), 1.0]}}
+
+    monkeypatch.setattr(FocusResult, "to_dict", unknown)
+    printed = ask(photo, "What?", "--json", bundle=bundle).stdout
+    assert json.loads(printed, parse_constant=pytest.fail)["macro"] == {
+        "loss": None,
+        "confidence": [None, 1.0],
+    }
 
 
 def test_inspect(bundle):
@@ -409,8 +474,8 @@ def test_inspect_verify_finds_a_changed_byte(bundle, tmp_path):
 
 
 def test_export_refuses_what_is_no_checkpoint(tmp_path):
-    refused(run("export", tmp_path / "none", "-o", tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
+    refused(run("export", tmp_path / "none", "-o", tmp_path / "a" / "b" / "out"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -476,7 +541,9 @@ def shell(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run `command`, in which dualfocus is the command line, in a shell that has `arguments` as "$@"."""
     code = "import sys; from dualfocus import cli; cli.app(sys.argv[1:])"
     line = command.replace("dualfocus", f"{sys.executable} -c '{code}'")
-    return subprocess.run(["sh", "-c", line, "sh", *map(str, arguments)], capture_output=True, text=True)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command_line = ["sh", "-c", line, "sh", *map(str, arguments)]
+    return subprocess.run(command_line, capture_output=True, text=True, env=buffered)
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
@@ -497,3 +564,69 @@ def test_streams_that_are_closed_full_or_narrow(photo, bundle, flags, command, s
     assert done.returncode == status
     assert said in done.stderr
     assert done.stderr.count("\n") == (1 if said else 0)
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--help", "ask --help", "inspect --devices", "inspect --devices --json"]
+)
+def test_a_standard_output_that_is_full_is_named(arguments):
+    done = shell(f"dualfocus {arguments} >/dev/full")
+    assert done.returncode == 2
+    assert done.stderr == "dualfocus: standard output: No space left on device\n"
+
+
+def test_what_libraries_say_is_not_shown(tmp_path):
+    """matplotlib, for one, where it finds no place for its cache."""
+    (tmp_path / "home").write_text("no folder")
+    done = python(
+        "from dualfocus import cli; cli.app(['curate', '--visual-genome', 'none', '-o', 'nowhere'])",
+        HOME=str(tmp_path / "home"),
+        MPLCONFIGDIR=str(tmp_path / "home"),
+    )
+    assert done.returncode == 2
+    assert done.stderr == "dualfocus: none: not a folder, expected Visual Genome's files in one\n"
+
+
+# Ctrl-C: sent from inside, so that the moment is certain
+
+INTERRUPT = "import atexit, os, signal, sys\ndef stop(*_): os.kill(os.getpid(), signal.SIGINT)\n"
+BEGIN = "from dualfocus.__main__ import main\nsys.argv[1:] = ['inspect', '--devices']\n"
+WHILE_IMPORTING = """
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "typer":
+            stop()
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "status"),
+    [
+        (WHILE_IMPORTING, -signal.SIGINT),
+        ("import typer.main; typer.main.get_command = stop\n", 130),
+        ("from dualfocus import cli; cli._print_devices = lambda **_: stop()\n", 130),
+        ("atexit.register(stop)\n", -signal.SIGINT),
+    ],
+    ids=["importing", "building the commands", "in a command", "ending"],
+)
+def test_an_interrupt_is_never_a_traceback(moment, status):
+    done = python(INTERRUPT + moment + BEGIN + "main()")
+    assert done.stderr == ""
+    assert done.returncode == status
+
+
+def test_an_interrupt_that_is_ignored_stays_ignored():
+    done = python(
+        INTERRUPT + "signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + WHILE_IMPORTING + BEGIN + "main()"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "cpu" in done.stdout
+
+
+def test_it_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "dualfocus", "ask"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("dualfocus: missing argument 'PICTURE'")

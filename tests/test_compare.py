@@ -127,13 +127,39 @@ def test_what_cannot_be_compared_is_refused(
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"schema": 2, "bench": "stages"}', "[" * 100_000])
-def test_what_is_no_result_is_refused(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "is not JSON"),
+        ("[1]", "expected `object`, got `array`"),
+        ("{}", "is not a benchmark's result: object missing required field `schema`"),
+        ('{"schema": 2, "bench": "stages"}', "missing required field `machine`"),
+        ('{"schema": 2, "bench": "stages", "machine": {"date": 1}}', "machine.date: expected `str`"),
+        ("[" * 100_000, "expected `object`, got `array`"),
+        ('{"a": ' * 100_000, "is nested too deeply to be read"),
+        (
+            '{"schema": 2, "bench": "x", "machine": {"date": "", "versions": {}}, "a": '
+            + "[" * 5000 + "1" + "]" * 5000 + "}",
+            "is nested too deeply to be read",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_no_result_is_refused(text: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(text)
     done = run(path, path)
     assert done.exit_code == 2
-    assert done.stderr.startswith(f"dualfocus: {path} is not ")
+    assert done.stderr.startswith(f"dualfocus: {path}")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_what_is_no_figure_is_not_compared(old: dict[str, Any], tmp_path: Path) -> None:
+    odd = {"[/red]": {"median": 1.0, "low": 0.5, "high": 2.0}, "x": {"median": "1", "low": 1, "high": 2}}
+    new = odd | {"[/red]": {"median": 9.0, "low": 8.0, "high": 10.0}, "y": 10**400}
+    done = run(kept(tmp_path, old | odd, "a.json"), kept(tmp_path, old | new, "b.json"))
+    assert done.exit_code == 0, (done.stderr, done.exception)
+    assert "[/red]" in done.stdout
 
 
 def savings_of(plain: float) -> dict[str, Any]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import tracemalloc
 import zipfile
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from dualfocus import cli
 from dualfocus.bench import curate as bench
 from dualfocus.bench import harness
 from dualfocus.runtime.errors import InputError
+from dualfocus.runtime.files import claimed
 from dualfocus.runtime.turns import DUALFOCUS, Question, Text, Turn, render
 from dualfocus.train import curate, dataset, scenes, visual_genome
 from dualfocus.train.curate import Dialogue, Drop
@@ -443,7 +448,9 @@ NOT_PLACED = {"id": 9, "y": 1, "width": 1, "height": 1}
         ("question_answers/qas", qa(8, " "), "no question"),
         ("question_answers/qas", qa(8, "What?", "."), "no answer"),
         ("question_answers/qas", qa(8, "What is <image>?"), "question that holds <image>"),
-        ("question_answers/qas", qa(8, "What?") | {"q_objects": [7]}, "q_objects are no objects"),
+        ("question_answers/qas", qa(8, "What?") | {"q_objects": [7]}, "q_objects: not an object"),
+        ("question_answers/qas", qa(8, "What?") | {"q_objects": 7}, "q_objects are no list"),
+        ("question_answers/qas", qa(8, "What?") | {"a_objects": [{}]}, "a_objects: no object_id"),
         ("question_answers/qas", {"question": "What?"}, "no qa_id"),
         # the mapping's pairs
         ("qa_to_region_mapping", {"8": None}, "no region_id"),
@@ -465,6 +472,58 @@ def test_malformed_records_are_counted_and_left_out(
     assert made == expected
     assert {n: r for n, r in statistics["malformed"].items() if r} == {name: {reason: 1}}
     assert f"| {name}.json | {reason} | 1 |" in (tmp_path / "out" / "statistics.md").read_text()
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
+def test_nesting_is_counted_outside_of_texts(tmp_path: Path, chunk: int) -> None:
+    """Whatever is cut where: brackets in texts, behind escaped quotes and backslashes, count for nothing."""
+    deep = ("[" * 100, "]" * 100)
+    texts = json.dumps(['[[["[[', "\\", "\\\\[", '\\"{{{', "]]]", "n\n[", "é["])[1:-1]
+    for extra, refused in ((0, False), (1, True)):
+        text = f"{'[' * extra}{deep[0]}{texts},{texts}{deep[1]}{']' * extra}".encode()
+        stream = visual_genome._Shallow(tmp_path, io.BytesIO(text))
+        with pytest.raises(InputError, match="deeper than 100") if refused else nullcontext():
+            assert b"".join(iter(lambda: stream.read(chunk), b"")) == text  # noqa: B023
+
+
+def test_deep_nesting_is_refused_at_once(tmp_path: Path, files: Files) -> None:
+    source = save(tmp_path / "in", files)
+    (source / "objects.json").write_text("[" * 100_000 + "]" * 100_000)
+    assert "objects.json is nested deeper" in refused(run("--visual-genome", source, "-o", tmp_path / "out"))
+
+
+@pytest.mark.parametrize("broken", ["x", "attributes"])
+def test_an_object_that_is_partly_bad_is_still_another_one(tmp_path: Path, files: Files, broken: str) -> None:
+    """What the annotations say of a second man is unreadable; that there is one, they say."""
+    second = thing(41, "man", 90, 10, 40, 60) | {broken: "nowhere" if broken == "x" else [7]}
+    files["objects"][0]["objects"].append(second)
+    made, statistics = build(tmp_path, files)
+    assert [one["id"] for one in made] == ["1_6"]
+    assert statistics["dropped"][Drop.AMBIGUOUS] == 2
+    reason = "x is no number" if broken == "x" else "attributes are no texts"
+    assert statistics["malformed"]["objects"] == {reason: 1}
+
+
+@pytest.mark.parametrize(
+    ("bad", "kept"),
+    [
+        (7, True),
+        ({"names": ["man"]}, True),
+        ({"object_id": "x"}, True),
+        ({"object_id": 11, "x": "nowhere"}, True),
+        # it has no region of its own, and where the unreadable object is may be where the answer is
+        (7, False),
+    ],
+)
+def test_a_question_with_a_bad_object_stays(tmp_path: Path, files: Files, bad: Any, kept: bool) -> None:
+    files["question_answers"][0]["qas"][0]["q_objects"].append(bad)
+    if not kept:
+        files["qa_to_region_mapping"] = {}
+    made, statistics = build(tmp_path, files)
+    assert [one["id"] for one in made] == (["1_5", "1_6"] if kept else ["1_6"])
+    assert statistics["questions"] == 3
+    assert sum(statistics["malformed"]["question_answers"].values()) == 1
+    assert statistics["dropped"][Drop.NO_REGION] == (not kept)
 
 
 def test_pictures_that_are_not_listed_or_not_there(tmp_path: Path, files: Files) -> None:
@@ -649,6 +708,77 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, files: Files, stage: 
     source = save(tmp_path / "in", files)
     with pytest.raises(KeyboardInterrupt):
         dataset.build(source, tmp_path / "out", watch=watch)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_ended_leaves_nothing(tmp_path: Path, files: Files, number: signal.Signals) -> None:
+    source = save(tmp_path / "in", files)
+    arguments = ["curate", "--visual-genome", str(source), "-o", str(tmp_path / "new" / "out")]
+    code = (
+        "import os\nfrom dualfocus import cli\nfrom dualfocus.train import dataset\n"
+        f"dataset._write = lambda *_: os.kill(os.getpid(), {number})\ncli.app({arguments})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path, files: Files) -> None:
+    source = save(tmp_path / "in", files)
+    code = (
+        "import os, signal\nfrom pathlib import Path\nfrom dualfocus.train import dataset\n"
+        "dataset.sync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"dataset.build(Path({str(source)!r}), Path({str(tmp_path / 'out')!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    left = tmp_path / ".out.partial"
+    assert [path.name for path in left.rglob("dialogues.json")] == ["dialogues.json"]
+    (left / "link").symlink_to(source)
+    dataset.build(source, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    assert len(samples(tmp_path / "out")) == 2
+    assert len([*source.iterdir()]) == 6
+
+
+def test_two_runs_to_one_place_are_told_apart(tmp_path: Path, files: Files) -> None:
+    source = save(tmp_path / "in", files)
+    with claimed(tmp_path / ".out.partial", InputError):
+        assert "another process writes to" in refused(run("--visual-genome", source, "-o", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_made_for_nothing_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    refused(run("--visual-genome", tmp_path / "in", "-o", tmp_path / "a" / "b" / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_name_that_the_output_cannot_spell(drawn: Path, tmp_path: Path) -> None:
+    arguments = ["curate", "--visual-genome", str(drawn), "-o", str(tmp_path / "é\udcff")]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from dualfocus import cli; cli.app(sys.argv[1:])",
+        *arguments,
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONIOENCODING": "ascii"}
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{tmp_path}/??: 3 of 3 pictures" in done.stdout
+
+
+def test_a_full_disk_names_the_place(tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        with open("/dev/full", "w") as file:
+            file.write("x" * 100_000)
+
+    source = save(tmp_path / "in", files)
+    monkeypatch.setattr(dataset, "_write", full)
+    reason = refused(run("--visual-genome", source, "-o", tmp_path / "out"))
+    assert reason == f"dualfocus: {tmp_path / '.out.partial'}: No space left on device\n"
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 

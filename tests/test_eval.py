@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import errno
 import json
+import os
 import pickle
 import random
 import re
@@ -10,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +247,134 @@ def test_mmbench_options_end_at_nothing(nothing: str, here: Path) -> None:
     assert asked.question.options == ("red", "blue")
 
 
+def table(path: Path, change: Callable[[dict[str, str]], object]) -> Path:
+    """Change every row of a TSV file; a column is gone where the first row has lost it."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    for row in rows:
+        change(row)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize("base", [7, 4241], ids=["no base64", "base64"])
+def test_mmbench_rotations_can_name_the_row_of_their_picture(base: int, here: Path) -> None:
+    path = benchmarks.mmbench(here) / "mmbench_dev_20230712.tsv"
+
+    def renumber(row: dict[str, str]) -> None:
+        if int(row["index"]) % 1_000_000 == 7:
+            row["index"] = str(int(row["index"]) - 7 + base)
+
+    def refer(row: dict[str, str]) -> None:
+        index = int(row["index"])
+        row["image"] = row["image"] if index < 1_000_000 else str(index % 1_000_000)
+
+    table(path, renumber)
+    expected = questions.read("mmbench", here)
+    table(path, refer)
+    assert questions.read("mmbench", here) == expected
+    path.write_text("\n".join(reversed(path.read_text().splitlines()[1:])))  # a row can name a later one
+    path.write_text("\t".join(benchmarks.MMBENCH) + "\n" + path.read_text())
+    assert {*questions.read("mmbench", here).questions} == {*expected.questions}
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        ("1000007", "the index 1000007, which has another row's itself"),
+        ("2000007", "the index 2000007, which has another row's itself"),  # a cycle
+        ("8", "the index 8, which is not there"),
+        ("12345678", "the index 12345678, which is not there"),  # also base64 of six bytes
+        ("", "its image is empty"),
+    ],
+)
+def test_mmbench_rows_that_name_no_picture_are_refused(image: str, said: str, here: Path) -> None:
+    path = benchmarks.mmbench(here) / "mmbench_dev_20230712.tsv"
+    names = {"1000007": "2000007", "2000007": "1000007"} if image == "2000007" else {"2000007": image}
+    names = {"1000007": "7"} | names
+    table(path, lambda row: row.update(image=names.get(row["index"], row["image"])))
+    assert said in refused(evaluate("mmbench", "--data", here))
+
+
+@pytest.mark.parametrize("column", [True, False], ids=["empty", "no column"])
+def test_a_test_split_is_asked_and_not_scored(column: bool, here: Path) -> None:
+    path = benchmarks.mmbench(here) / "mmbench_dev_20230712.tsv"
+    rows = len(path.read_text().splitlines()) - 1
+    table(path, lambda row: row.update(answer="") if column else row.pop("answer"))
+    result = evaluate("mmbench", "--data", here, "-o", "a.jsonl")
+    assert result.exit_code == 0, result.stderr
+    assert "without answers, as in a test split, there is no score" in result.stdout
+    assert "a mean of" in result.stdout
+    assert len(written(here / "a.jsonl")) == rows
+    summary = told("mmbench", "--data", here, "-o", "a.jsonl", "--save")
+    assert summary["accuracy"] is None
+    assert (summary["questions"], summary["of"]) == (2, 2)
+    assert sum(summary["chosen"].values()) == rows
+
+
+def test_a_row_without_its_answer_is_no_test_split(here: Path) -> None:
+    path = benchmarks.mmbench(here) / "mmbench_dev_20230712.tsv"
+    table(path, lambda row: row.update(answer="" if row["index"] == "9" else row["answer"]))
+    assert "it has no answer, expected one in every row" in refused(evaluate("mmbench", "--data", here))
+
+
+def test_a_category_is_not_read_as_markup(here: Path) -> None:
+    path = benchmarks.mmbench(here) / "mmbench_dev_20230712.tsv"
+    kinds = {"kind 7": "[/red]", "kind 9": "[bold]loud\x1b[2J"}
+    table(path, lambda row: row.update({"l2-category": kinds[row["l2-category"]]}))
+    result = evaluate("mmbench", "--data", here)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    assert "[/red]" in result.stdout
+    assert "[bold]loud\\x1b[2J" in result.stdout
+
+
+@pytest.mark.parametrize("corrected", ["labels", "questions"])
+def test_pope_is_spelled_in_two_ways(corrected: str, here: Path) -> None:
+    """POPE corrected "imange" in its labels, and LLaVA's questions say it still."""
+    expected = questions.read("pope", benchmarks.pope(here / "same"))
+    benchmarks.pope(here / "pope")
+    files = [here / "pope" / "coco" / f"coco_pope_{setting}.json" for setting in questions.POPE]
+    for path in [here / "pope" / "llava_pope_test.jsonl"] if corrected == "labels" else files:
+        path.write_text(path.read_text().replace("star in the image", "star in the imange"))
+    read = questions.read("pope", here)
+    assert [(of.id, of.references) for of in read.questions] == [
+        (of.id, of.references) for of in expected.questions
+    ]
+    assert expected.notes == ()
+    assert read.notes[0].startswith("3 questions spell 'image' in another way than their labels")
+    assert "e3e3926" in read.notes[0]
+    assert "e3e3926" in evaluate("pope", "--data", here).stdout
+    files[0].write_text(files[0].read_text().replace("star", "stair"))
+    assert re.search(
+        r"no label for question 4 of .* commit e3e3926", refused(evaluate("pope", "--data", here))
+    )
+
+
+def test_pope_labels_that_differ_in_the_spelling_alone_have_to_agree(here: Path) -> None:
+    path = benchmarks.pope(here) / "coco" / "coco_pope_random.json"
+    line = path.read_text().splitlines()[0]
+    path.write_text(path.read_text() + line.replace("image?", "imange?").replace('"no"', '"yes"'))
+    assert "always the same" in refused(evaluate("pope", "--data", here))
+
+
+def test_seed_without_the_hint_keeps_its_last_option(here: Path) -> None:
+    path = benchmarks.seed(here) / "llava-seed-bench.jsonl"
+    expected = questions.read("seed", here).questions
+    path.write_text(path.read_text().replace(f"\\n{benchmarks.LETTER}", ""))
+    read = questions.read("seed", here).questions
+    assert [of.question.options for of in read] == [of.question.options for of in expected]  # type: ignore[union-attr]
+    assert read[0].prompt == expected[0].prompt.removesuffix(f"\n{benchmarks.LETTER}")
+
+
+def test_more_options_than_letters_are_refused(here: Path) -> None:
+    path = benchmarks.seed(here) / "llava-seed-bench.jsonl"
+    path.write_text(path.read_text().replace("\\nA. ", "\\nA. x" * 2_000_000 + "\\nA. ", 1))
+    assert "options, expected lines such as" in refused(evaluate("seed", "--data", here))
+
+
 def replace(name: str, old: str, new: str) -> Any:
     """What replaces text in the file of that name; an empty `new` file is none."""
 
@@ -272,26 +403,27 @@ def move(name: str, to: str) -> Any:
     [
         ("textvqa", remove("llava_textvqa_val_v051_ocr.jsonl"), "holds llava_textvqa_val_v051_ocr.jsonl"),
         ("textvqa", remove("TextVQA_0.5.1_val.json"), "holds TextVQA_0.5.1_val.json"),
-        ("textvqa", replace("TextVQA_0.5.1_val.json", '"right 0", ', ""), "has 9 answers to question 0000"),
+        ("textvqa", replace("TextVQA_0.5.1_val.json", '"right 0", ', ""), "has 9 answers to question '0000"),
         ("textvqa", replace("TextVQA_0.5.1_val.json", "SIGN 3", "SIGN 4"), "has 0 answers"),
-        ("textvqa", replace("TextVQA_0.5.1_val.json", "{", "["), "TextVQA_0.5.1_val.json is not JSON"),
-        ("textvqa", replace("TextVQA_0.5.1_val.json", "{", "[" * 100_000), "json is not JSON"),
-        ("pope", replace("llava_pope_test.jsonl", "{", "[" * 100_000), "line 1 is not JSON"),
+        ("textvqa", replace("TextVQA_0.5.1_val.json", "}", ""), "TextVQA_0.5.1_val.json is not JSON"),
+        ("textvqa", replace("TextVQA_0.5.1_val.json", "{", "[" * 100_000), "expected `object`, got `array`"),
+        ("textvqa", replace("TextVQA_0.5.1_val.json", "{", '{"a": ' * 100_000), "is nested too deeply"),
+        ("pope", replace("llava_pope_test.jsonl", "{", "[" * 100_000), "line 1: expected `object`"),
         ("textvqa", replace("llava_textvqa_val_v051_ocr.jsonl", "}", ""), "line 1 is not JSON"),
-        ("textvqa", replace("llava_textvqa_val_v051_ocr.jsonl", '"text"', '"txt"'), "its text is None"),
+        ("textvqa", replace("llava_textvqa_val_v051_ocr.jsonl", '"text"', '"txt"'), "required field `text`"),
         ("textvqa", remove("train_images/0000000000000001.jpg"), "1 pictures are missing"),
         ("pope", replace("llava_pope_test.jsonl", "star", "stair"), "no label for question 0"),
         ("pope", replace("llava_pope_test.jsonl", '"question_id": 1', '"question_id": 0'), "have the id 0"),
         ("pope", replace("coco/coco_pope_random.json", '"no"', '"none"'), "the label is 'none'"),
         ("pope", remove("coco/coco_pope_popular.json"), "coco_pope_popular.json"),
-        ("seed", replace("SEED-Bench.json", '"v3"', '"v4"'), "no answer to question v3"),
-        ("textvqa", replace("TextVQA_0.5.1_val.json", '"right 0"', "0"), "expected texts"),
+        ("seed", replace("SEED-Bench.json", '"v3"', '"v4"'), "no answer to question 'v3'"),
+        ("textvqa", replace("TextVQA_0.5.1_val.json", '"right 0"', "0"), "].answers[0]: expected `str`"),
         ("seed", replace("llava-seed-bench.jsonl", "What is thing 0?", " "), "the question is empty"),
-        ("seed", replace("SEED-Bench.json", '"questions"', '"q"'), "its questions is None, expected list"),
-        ("gqa-mcq", replace("data/testdev_balanced_questions.json", '"200"', '"3"'), "200: its answer"),
+        ("seed", replace("SEED-Bench.json", '"questions"', '"q"'), "missing required field `questions`"),
+        ("gqa-mcq", replace("data/testdev_balanced_questions.json", '"200"', '"3"'), "to question '200'"),
         ("gqa-mcq", replace("llava_gqa_testdev_balanced_mcq.jsonl", "\\nA. right\\nB. left", ""), "no opt"),
         ("mmbench", replace("mmbench_dev_20230712.tsv", "\tC\tfine", "\tE\tfine"), "its answer 'E'"),
-        ("mmbench", replace("mmbench_dev_20230712.tsv", "index\t", "i\t"), "row 1: its index is None"),
+        ("mmbench", replace("mmbench_dev_20230712.tsv", "index\t", "i\t"), "has no column index"),
         ("mmbench", replace("mmbench_dev_20230712.tsv", "iVBOR", "iVBO="), "not in base64"),
         ("mmbench", replace("mmbench_dev_20230712.tsv", "iVBOR", "é"), "not in base64"),
         ("mmbench", replace("mmbench_dev_20230712.tsv", "1000009", "9" * 5000), "expected a number"),
@@ -385,6 +517,91 @@ def test_a_half_written_line_is_dropped(here: Path) -> None:
         assert [line["prompt"] for line in written(path)] == [of.prompt for of in (*asked[:count], asked[3])]
 
 
+@pytest.mark.parametrize("half", [0, 1, 40])
+def test_a_tail_of_nul_is_cut_and_said(here: Path, half: int) -> None:
+    """What a power cut leaves: the length is on the disk, and of the last answers no byte."""
+    path = here / "a.jsonl"
+    asked = filled(path, 3)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:2]) + lines[2][:half] + bytes(len(lines[2]) * 2 - half))
+    with Answers(path, RUN) as answers:
+        assert list(answers.lines) == [of.key for of in asked[:2]]
+        assert answers.lost is not None
+        assert "about 2 of its answers are lost" in answers.lost
+        answers.append(answered(asked[2]))
+    assert path.read_bytes().count(b"\0") == 0
+    assert len(written(path)) == 3
+    with Answers(path, RUN) as answers:
+        assert answers.lost is None
+
+
+def test_a_full_disk_names_the_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    benchmarks.textvqa(here / "data")
+    monkeypatch.setattr("dualfocus.bench.answers.os.write", full)
+    sentence = refused(evaluate("textvqa", "--data", here / "data", "-o", "a.jsonl"))
+    assert sentence == "a.jsonl: No space left on device\n"
+
+
+def test_the_command_says_what_a_power_cut_took(here: Path) -> None:
+    benchmarks.textvqa(here / "data")
+    first = told("textvqa", "--data", here / "data", "-o", "a.jsonl")
+    path = here / "a.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-200] + bytes(200))
+    result = evaluate("textvqa", "--data", here / "data", "-o", "a.jsonl")
+    assert result.exit_code == 0
+    assert "about 1 of its answers are lost" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert told("textvqa", "--data", here / "data", "-o", "a.jsonl")["accuracy"] == first["accuracy"]
+
+
+@pytest.mark.parametrize("kind", ["zeros", "fifo", "device", "folder", "nul inside"])
+def test_what_is_no_file_of_answers_is_left_alone(kind: str, here: Path) -> None:
+    path = here / "a.jsonl"
+    filled(path)
+    kept = path.read_bytes()
+    if kind == "nul inside":
+        path.write_bytes(kept := kept.replace(b"sign 2", b"sign\0\0", 1))
+    elif kind == "zeros":
+        path.write_bytes(kept := bytes(5000))
+    else:
+        path.unlink()
+        made: dict[str, Callable[[], object]] = {
+            "fifo": lambda: os.mkfifo(path),
+            "device": lambda: path.symlink_to("/dev/null"),
+            "folder": path.mkdir,
+        }
+        made[kind]()
+    benchmarks.textvqa(here / "data")
+    assert "a.jsonl" in refused(evaluate("textvqa", "--data", here / "data", "-o", "a.jsonl"))
+    if path.is_file():
+        assert path.read_bytes() == kept
+
+
+def test_a_question_longer_than_the_context_ends_nothing(here: Path) -> None:
+    """It counts as wrong, whatever the benchmark's rule reads in no answer, and is said in the report."""
+    path = benchmarks.pope(here) / "llava_pope_test.jsonl"
+    for setting in questions.POPE:  # POPE reads a yes in what does not say no
+        labels = here / "coco" / f"coco_pope_{setting}.json"
+        labels.write_text(labels.read_text().replace("star", "star " * 3000))
+    path.write_text(path.read_text().replace("star", "star " * 3000))
+    summary = told("pope", "--data", here, "-o", "a.jsonl")
+    assert summary["unanswered"] == 3
+    assert sum(summary["chosen"].values()) == 3
+    lines = written(here / "a.jsonl")
+    assert [line["question_id"] for line in lines] == [0, 1, 2, 3, 4, 5]
+    assert "too long" in lines[0]["metadata"]["unanswered"]
+    assert lines[0]["text"] == ""
+    figures = summary["yes_no"]["random"]["dual"]
+    assert figures["recall"] == 0  # the only "yes" there is
+    assert summary["accuracy"]["random"]["dual"]["share"] <= 0.5
+    result = evaluate("pope", "--data", here, "-o", "a.jsonl")
+    assert "3 too long for the model" in result.stdout
+
+
 def test_an_answer_is_in_the_file_when_it_is_given(here: Path) -> None:
     path = here / "a.jsonl"
     asked = filled(path, 1)
@@ -428,6 +645,13 @@ def test_nothing_answered_leaves_no_file(here: Path) -> None:
         (replace("a.jsonl", '"0000000000000000"', "[]"), "line 1 is not an answer that `dualfocus eval`"),
         (replace("a.jsonl", '"ms": 10.0', '"ms": null'), "line 1 is not an answer that `dualfocus eval`"),
         (replace("a.jsonl", '"box": null', '"box": 7'), "line 1 is not an answer that `dualfocus eval`"),
+        (replace("a.jsonl", '"box": null', '"box": [1, 2, 3]'), "Expected `array` of length 4, got 3"),
+        (replace("a.jsonl", '"box": null', '"box": [1, 2, 3, NaN]'), "line 1 is not JSON"),
+        (replace("a.jsonl", '"box": null', '"box": [1, 2, 3, 1e999]'), "Number out of range"),
+        (replace("a.jsonl", '"crop": null', '"crop": [1, 2, 3, 4]'), "a crop that is empty, or of no box"),
+        (replace("a.jsonl", '"size": [200, 160]', '"size": [200, 0]'), "Expected `int` >= 1"),
+        (replace("a.jsonl", '"macro": "\\u00e9 0"', '"macro": null'), "a dual answer without a macro one"),
+        (replace("a.jsonl", '"chosen": "macro"', '"chosen": "[/red]"'), "Invalid enum value"),
     ],
 )
 def test_a_foreign_file_is_refused_and_kept(change: Any, said: str, here: Path) -> None:

@@ -198,6 +198,7 @@ def test_what_is_no_sample_is_counted(data: Path, tmp_path: Path) -> None:
         {"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]},
         good | {"sub_area": [0.1, 0.2, 0.3]},
         good | {"sub_area": ["a", 0.2, 0.3, 0.4]},
+        good | {"sub_area": [0.1, 0.2, 0.3, 10**400]},
         {key: value for key, value in good.items() if key != "image"},
     ]
     boxes = [[0.5, 0.2, 0.5, 0.6], [0.1, 0.2, 0.5, 1.2], [-0.1, 0, 1, 1], [math.nan, 0, 1, 1]]
@@ -206,9 +207,37 @@ def test_what_is_no_sample_is_counted(data: Path, tmp_path: Path) -> None:
     file = tmp_path / "some.json"
     file.write_text(json.dumps([*bad, *outside, good | {"image": "none.png"}, good, begins]))
     found, dropped = samples.read(file, data / "pictures")
-    assert dropped == {"malformed": 11, "box outside the picture, or empty": 4, "picture missing": 1}
+    assert dropped == {"malformed": 12, "box outside the picture, or empty": 4, "picture missing": 1}
     assert len(found) == 2
     assert found[1].turns == (("a", "b"),)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[" * 100_000, "is nested too deeply to be read"),
+        (b"{}", "holds a dict, expected a list"),
+        (b"[", "is not JSON"),
+        (b"\xff", "is not JSON"),
+    ],
+)
+def test_what_is_no_file_of_samples_is_one_sentence(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "some.json").write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        samples.read(tmp_path / "some.json", tmp_path)
+    with pytest.raises(InputError, match="is not a regular file"):
+        samples.read(Path("/dev/zero"), tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [[], ["x", "--epochs", "0"], ["x", "--precision", "int8"]])
+def test_a_wrong_call_is_one_sentence(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        finetune.main(arguments)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("dualfocus: ")
+    assert said.endswith("; `python -m dualfocus.train.finetune --help` says more\n")
+    assert said.count("\n") == 1
 
 
 def test_what_shows_no_use_while_training_is_fed_empty_and_counted(data: Path, tmp_path: Path) -> None:
@@ -384,6 +413,8 @@ def test_dialogues_are_learned_and_the_checkpoint_answers(data: Path, tmp_path: 
     assert max(line["loss"] for line in curve[-2:]) < 0.05
     assert curve[-1]["samples"] == 250
     assert not (tmp_path / ".out.partial").exists()
+    modes = {path.name: path.stat().st_mode for path in out.iterdir()}
+    assert set(modes.values()) == {(data / "dialogues.json").stat().st_mode}, modes
 
     before, after = (load_file(folder / "model.safetensors") for folder in (data / "checkpoint", out))
     assert before.keys() == after.keys()
@@ -675,11 +706,11 @@ def test_nano_stays_nano(data: Path, tmp_path: Path) -> None:
     [
         (
             lambda given: [*given, "--dialogues", "none.json"],
-            "none.json cannot be read: No such",
+            "dualfocus: none.json does not exist",
         ),
         (
             lambda given: [*given, "--mix-images", "nowhere"],
-            "mix.json: none of its pictures is there, the first of them nowhere/0.png",
+            "mix.json: none of its pictures is there, the first of them 'nowhere/0.png'",
         ),
         (lambda given: ["nowhere", *given[1:]], "nowhere"),
         (

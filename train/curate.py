@@ -120,7 +120,7 @@ class _Thing(NamedTuple):
 
     names: tuple[str, ...]
     attributes: tuple[str, ...]
-    box: Box
+    box: Box | None  # None where the annotations give none that can be used
 
 
 class _Things:
@@ -132,7 +132,7 @@ class _Things:
         for entry in entries:
             names = tuple(_phrase(name) for name in entry["names"])
             attributes = tuple(_phrase(name) for name in entry.get("attributes", ()))
-            thing = _Thing(names, attributes, _corners(entry))
+            thing = _Thing(names, attributes, _corners(entry) if "x" in entry else None)
             self._all.append(thing)
             self._by_id[entry["object_id"]] = thing
             for merged in entry.get("merged_object_ids", ()):  # the same one, as others annotated it
@@ -189,12 +189,18 @@ class _Things:
 
 
 def _places(things: Sequence[_Thing]) -> int:
-    """How many they are: what was annotated twice has two boxes at one place, and either shows the other."""
+    """How many they are: what was annotated twice has two boxes at one place, and either shows the other.
+
+    One without a box is one more: nothing shows that it is not.
+    """
     boxes: list[Box] = []
+    unplaced = 0
     for thing in things:
-        if not any(_alike(thing.box, box) for box in boxes):
+        if thing.box is None:
+            unplaced += 1
+        elif not any(_alike(thing.box, box) for box in boxes):
             boxes.append(thing.box)
-    return len(boxes)
+    return len(boxes) + unplaced
 
 
 def _words(text: str) -> str:

@@ -15,9 +15,10 @@ from __future__ import annotations
 import bisect
 import json
 import random
-import tempfile
+import shutil
 import textwrap
 from collections.abc import Mapping
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ import matplotlib  # ships the DejaVu family under a free licence
 from PIL import Image, ImageDraw, ImageFont
 
 from dualfocus.runtime.errors import InputError, PictureError
+from dualfocus.runtime.files import claimed, naming, sync, with_parents
 from dualfocus.runtime.image import open_picture
 from dualfocus.runtime.manifest import BoxFormat
 from dualfocus.runtime.turns import DUALFOCUS, Question
@@ -62,23 +64,42 @@ def build(
         raise InputError(f"{source}: not a folder, expected Visual Genome's files in one")
     if images is not None and not images.is_dir():
         raise InputError(f"{images}: not a folder, expected Visual Genome's pictures in one")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
-        folder = Path(place) / "out"
-        folder.mkdir()
-        annotations = Annotations(source, Path(place) / "spool", watch)
+    place = out.parent / f".{out.name}.partial"
+    with with_parents(out), claimed(place, InputError):
+        try:
+            _empty(place)  # of what a run that was killed left
+            with naming(place):
+                statistics = _build(source, place, images, seed, watch)
+            (place / "out").rename(out)
+        finally:
+            shutil.rmtree(place)
+    return statistics
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _build(source: Path, place: Path, images: Path | None, seed: int, watch: Watch) -> dict[str, Any]:
+    """Write the folder `out` in `place`; what is only needed meanwhile lies beside it."""
+    folder = place / "out"
+    folder.mkdir()
+    with closing(Annotations(source, place / "spool", watch)) as annotations:
         pictures = find_pictures(images or source)
         if not pictures:
             annotations.notes.append(
                 f"{images or source} has no pictures, so there is no contact sheet, and `image` is a guess"
             )
         statistics, shown = _write(annotations, pictures, folder / "dialogues.json", seed, watch)
-        if pictures:
-            sheet(images or source, shown).save(folder / "samples.png")
-        (folder / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
-        (folder / "statistics.md").write_text(markdown(statistics) + "\n", encoding="utf-8")
-        annotations.close()
-        folder.rename(out)
+    if pictures:
+        sheet(images or source, shown).save(folder / "samples.png")
+    (folder / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
+    (folder / "statistics.md").write_text(markdown(statistics) + "\n", encoding="utf-8")
+    sync(folder)
     return statistics
 
 
@@ -202,7 +223,7 @@ def markdown(statistics: Mapping[str, Any]) -> str:
     for size in statistics["box_sizes"]:
         name = f"{100 * size['above']:g} to {100 * size['up_to']:g} %"
         lines.append(row(name, size["boxes"], kept))
-    lines += ["", "| malformed records, left out | | |", "|---|---|--:|"]
+    lines += ["", "| malformed, left out | | |", "|---|---|--:|"]
     lines += [
         f"| {name}.json | {reason} | {count:,} |"
         for name, reasons in statistics["malformed"].items()

@@ -52,6 +52,7 @@ from dualfocus.export import checkpoint as checkpoints
 from dualfocus.export import hub
 from dualfocus.export.checkpoint import EMBEDDINGS, Checkpoint
 from dualfocus.export.weights import read_json
+from dualfocus.runtime import files
 from dualfocus.runtime.errors import InputError
 from dualfocus.runtime.manifest import Manifest
 from dualfocus.train import loop, samples
@@ -183,6 +184,8 @@ def save_checkpoint(
     }
     for name, content in written.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for path in folder.iterdir():  # safetensors keeps its files for their owner
+        path.chmod((folder / "dualfocus.json").stat().st_mode)
 
 
 def split(total: int, processes: int, most: int) -> tuple[int, int]:
@@ -337,7 +340,7 @@ class Run:
         """Make the run's folder, or see that the one there is of such a run."""
         file, settings = self.folder / "run.json", self.settings()
         if file.exists():
-            for name, value in json.loads(file.read_text()).items():
+            for name, value in files.read_json(file, dict[str, Any], InputError).items():
                 if (now := settings.get(name)) != value:
                     raise InputError(
                         f"{self.folder} was begun with {name} {value!r:.12}, "
@@ -407,6 +410,7 @@ class Run:
         with loop.writing(aside):
             save_checkpoint(self.checkpoint, self.source, self.manifest, weights, aside)
         shutil.copyfile(self.folder / "curve.jsonl", aside / "curve.jsonl")
+        files.sync(aside)
         out: Path = self.arguments.out
         aside.replace(out)
         shutil.rmtree(self.folder)
@@ -462,7 +466,7 @@ def _cut_curve(path: Path, done: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; what was given and cannot be used is one sentence, and exit status 2."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dualfocus.train.finetune",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -505,6 +509,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _refuse(reason: object) -> NoReturn:
     print(f"dualfocus: {reason}", file=sys.stderr)
     sys.exit(2)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A wrong call is one sentence too."""
+
+    def error(self, message: str) -> NoReturn:
+        _refuse(f"{message}; `python -m {self.prog} --help` says more")
 
 
 def amount(text: str, least: int = 0) -> int:

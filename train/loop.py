@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dualfocus.runtime.errors import InputError
+from dualfocus.runtime.files import read_json
 
 WARM_UP = 0.03  # of the way
 CLIP = 1.0  # the longest that a step's gradient may be
@@ -220,8 +221,7 @@ def load_state(accelerator: Accelerator, folder: Path) -> tuple[int, dict[str, i
         return 0, {}
     done = max(states)
     accelerator.load_state(str(states[done]), strict=False)  # frozen weights are not in it
-    counts: dict[str, int] = json.loads((states[done] / "counts.json").read_text())
-    return done, counts
+    return done, read_json(states[done] / "counts.json", dict[str, int], InputError)
 
 
 def leave_out_frozen(models: list[nn.Module], weights: list[dict[str, Tensor]], _: str) -> None:

@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -28,11 +29,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dualfocus.runtime.errors import InputError, PictureError
+from dualfocus.runtime.files import read_bytes
 from dualfocus.runtime.geometry import Box, convert, find_region
 from dualfocus.runtime.image import open_picture, view, whole
 from dualfocus.runtime.manifest import BoxFormat, Manifest
 from dualfocus.runtime.turns import DUALFOCUS, ImageToken, Question, Turn, render, tokenize
 
+LIMIT = 8 << 30  # bytes: LLaVA's own file has one billion
 MARK = "<image>"  # where the files' turns show an image
 IGNORED = -100  # the label of what is not learned
 
@@ -40,6 +43,17 @@ _LOCATE, _MICRO = (
     re.compile(re.escape(template).replace(re.escape(field), "(.+)"), re.DOTALL)
     for template, field in ((DUALFOCUS.locate, "{Q}"), (DUALFOCUS.micro, "{T}"))
 )
+
+
+class _Said(msgspec.Struct):
+    speaker: str = msgspec.field(name="from")
+    value: str
+
+
+class _Entry(msgspec.Struct):
+    conversations: list[_Said]
+    image: str | None = None
+    sub_area: tuple[float, float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,12 +89,14 @@ def read(file: Path, pictures: Path) -> tuple[list[Sample], Counter[str]]:
     Raises InputError where the file is none of samples, and where none of its pictures is there: some may be
     missing, as those that OCR-VQA has lost since, but not by a mistyped folder.
     """
+    content = read_bytes(file, InputError, limit=LIMIT)
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}") from None
+        # not by msgspec: half of a character, and NaN, make one sample malformed, not the file
+        raw = json.loads(content)
     except ValueError as error:
         raise InputError(f"{file} is not JSON: {error}") from None
+    except RecursionError:
+        raise InputError(f"{file} is nested too deeply to be read") from None
     if not isinstance(raw, list):
         raise InputError(f"{file} holds a {type(raw).__name__}, expected a list of samples")
     exists = lru_cache(maxsize=1 << 16)(os.path.isfile)
@@ -97,31 +113,31 @@ def read(file: Path, pictures: Path) -> tuple[list[Sample], Counter[str]]:
         else:
             samples.append(sample)
     if missing and not any(sample.picture for sample in samples):
-        raise InputError(f"{file}: none of its pictures is there, the first of them {missing}")
+        raise InputError(f"{file}: none of its pictures is there, the first of them {missing!r:.300}")
     return samples, dropped
 
 
 def _parse(entry: Any, pictures: Path) -> Sample | None:
     """None where it is no sample: another structure, or turns that show other images than there are."""
     try:
-        turns = [(turn["from"], turn["value"]) for turn in entry["conversations"]]
-        image, area = entry.get("image"), entry.get("sub_area")
-        box = None if area is None else tuple(float(number) for number in area)
+        read = msgspec.convert(entry, _Entry)
+        turns = [(turn.speaker, turn.value) for turn in read.conversations]
         "".join(text for _, text in turns).encode()  # what is no UTF-8 cannot be tokenised
-        if turns[0][0] == "gpt":  # as some of ShareGPT's begin, amid a conversation
-            del turns[0]
-        shown = [text.count(MARK) for speaker, text in turns if speaker == "human"]
-        picture = None if image is None else os.path.join(pictures, image)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
+    except (msgspec.ValidationError, UnicodeEncodeError, OverflowError, RecursionError):
         return None
+    if turns and turns[0][0] == "gpt":  # as some of ShareGPT's begin, amid a conversation
+        del turns[0]
+    box = read.sub_area
+    shown = [text.count(MARK) for speaker, text in turns if speaker == "human"]
+    picture = None if read.image is None else os.path.join(pictures, read.image)
     if [speaker for speaker, _ in turns] != ["human", "gpt"] * len(shown) or not turns:
         return None
     pairs = tuple((turns[i][1], turns[i + 1][1]) for i in range(0, len(turns), 2))
     if box is None:
         return Sample(picture, None, pairs) if sum(shown) == (picture is not None) else None
-    if len(box) != 4 or picture is None or sum(shown) != 2 or shown[0] != 1:
+    if picture is None or sum(shown) != 2 or shown[0] != 1:
         return None
-    return Sample(picture, (box[0], box[1], box[2], box[3]), pairs)
+    return Sample(picture, box, pairs)
 
 
 def _is_inside(box: tuple[float, float, float, float]) -> bool:

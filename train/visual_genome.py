@@ -3,7 +3,8 @@
 The files are lists of pictures, hundreds of megabytes long, mostly but not surely in one order. Each is read
 once, as a stream; what is needed of a picture goes to a spool on the disk, from where `pictures` gathers it.
 What a record says in another of the format's spellings is told in one; a record that cannot be used is left
-out and counted.
+out and counted. Of an object with a bad box, the names stay: it is still another one of its kind. So does a
+question with a bad object.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from dualfocus.train.curate import Records
 
 Watch = Callable[[str, int, int], object]  # told what is done, how much of it, and of how much
 Entry = Mapping[str, Any]
+Complain = Callable[[str], object]  # told the reason why a part of a record is left out, and the rest is not
 
 REQUIRED = ("image_data", "objects", "region_descriptions", "question_answers")
 MAPPING = "qa_to_region_mapping"
@@ -41,6 +43,10 @@ FOLDERS = ("VG_100K", "VG_100K_2")  # of the pictures, in the real data set
 SUFFIXES = (".jpg", ".jpeg", ".png")
 LARGEST = 1_000_000_000  # of a picture's and a box's numbers
 _FILE = re.compile(r"(\w+?)(_v\d+(?:_\d+)?)?\.json(\.zip)?")  # as they are downloaded: objects_v1_2.json.zip
+DEPTH = 100
+_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
+_NO_STEPS = bytes({*range(256)} - {*b"[{]}"})
+UNKNOWN: dict[str, Any] = {"object_id": None}  # an object that a question names, and nobody can read
 STEP = 1 << 20  # bytes between two words on the progress
 
 
@@ -163,7 +169,7 @@ class Annotations:
                     raise MalformedError(f"{within}: not an object")
                 if _digits(part.get("image_id")) not in (None, picture):
                     raise MalformedError(f"{within}: of another picture")
-                key, value = parse(part)
+                key, value = parse(part, lambda reason: count.update([reason]))
                 if key in found:
                     raise MalformedError(f"{within}: an id for the second time")
                 found[key] = value
@@ -252,6 +258,32 @@ def _find(folder: Path) -> dict[str, _File]:
     return found
 
 
+class _Shallow:
+    """A stream of JSON nested no deeper than `DEPTH`: ijson's time and memory grow with its square."""
+
+    def __init__(self, path: Path, stream: IO[bytes]) -> None:
+        self._path, self._stream = path, stream
+        self._depth = 0
+        self._in_text = False
+        self._half = b""  # a backslash whose character is still to come
+
+    def read(self, size: int) -> bytes:
+        """Raises InputError where the nesting is too deep."""
+        data = self._stream.read(size)
+        # without escapes, every quote begins or ends a text
+        read = (self._half + data).replace(b"\\\\", b"").replace(b'\\"', b"")
+        self._half = b"\\" if read.endswith(b"\\") else b""
+        parts = read.split(b'"')
+        marks = b"".join(parts[self._in_text :: 2]).translate(_STEPS, _NO_STEPS)
+        self._in_text ^= len(parts) % 2 == 0
+        depths = self._depth + np.cumsum(np.frombuffer(marks, np.int8), dtype=np.int64)
+        if len(depths):
+            self._depth = int(depths[-1])
+            if depths.max() > DEPTH:
+                raise InputError(f"{self._path} is nested deeper than {DEPTH} levels, expected 7")
+        return data
+
+
 def _records(path: Path, stream: IO[bytes], opens: str) -> Iterator[Any]:
     """The elements of the list, or the pairs of the object, that the whole file is."""
     count = 0
@@ -263,7 +295,7 @@ def _records(path: Path, stream: IO[bytes], opens: str) -> Iterator[Any]:
         stream.seek(0)
         read = ijson.items if opens == "[" else ijson.kvitems
         # numbers as they are: a double's are an error of the whole file where one is too large
-        for entry in read(stream, "item" if opens == "[" else ""):
+        for entry in read(_Shallow(path, stream), "item" if opens == "[" else ""):
             yield entry
             count += 1
     except InputError:  # a ValueError too
@@ -331,25 +363,32 @@ def _size(entry: Entry) -> Entry:
     return {"width": width, "height": height, "url": url if isinstance(url, str) else ""}
 
 
-def _region(entry: Entry) -> tuple[int, Entry]:
+def _region(entry: Entry, complain: Complain) -> tuple[int, Entry]:
     key = _id(entry, "region_id")
     return key, {"region_id": key, **_place(entry, "width", "height")}
 
 
-def _object(entry: Entry) -> tuple[int, Entry]:
+def _object(entry: Entry, complain: Complain) -> tuple[int, Entry]:
     key = _id(entry, "object_id")
     names = _texts(entry.get("names", entry.get("name")), "names")
     if not names:
         raise MalformedError("an object without a name")
-    read = {"object_id": key, **_place(entry), "names": names}
-    if entry.get("attributes"):
-        read["attributes"] = _texts(entry["attributes"], "attributes")
+    read: dict[str, Any] = {"object_id": key, "names": names}
+    try:
+        read |= _place(entry)
+    except MalformedError as reason:
+        complain(str(reason))
+    try:
+        if entry.get("attributes"):
+            read["attributes"] = _texts(entry["attributes"], "attributes")
+    except MalformedError as reason:
+        complain(str(reason))
     if merged := entry.get("merged_object_ids"):
         read["merged_object_ids"] = [i for i in merged if type(i) is int] if isinstance(merged, list) else []
     return key, read
 
 
-def _question(entry: Entry) -> tuple[int, Entry]:
+def _question(entry: Entry, complain: Complain) -> tuple[int, Entry]:
     key = _id(entry, "qa_id")
     read: dict[str, Any] = {"qa_id": key}
     for name in ("question", "answer"):
@@ -365,17 +404,31 @@ def _question(entry: Entry) -> tuple[int, Entry]:
         read[name] = " ".join(text.split())  # in one line: a second one would be a hint of its own
     for name in ("q_objects", "a_objects"):
         objects = entry.get(name) or []
-        if not isinstance(objects, list) or not all(isinstance(o, dict) for o in objects):
-            raise MalformedError(f"{name} are no objects")
-        read[name] = [
-            {"object_id": _id(o, "object_id"), **({} if o.get("x") is None else _place(o))} for o in objects
-        ]
+        if isinstance(objects, list):
+            read[name] = [_named(o, name, complain) for o in objects]
+        else:
+            complain(f"{name} are no list")
+            read[name] = [UNKNOWN]
     if isinstance(entry.get("category"), str):
         read["category"] = entry["category"]  # drawn scenes have one
     return key, read
 
 
-_PARTS: dict[str, tuple[str, Callable[[Entry], tuple[int, Entry]]]] = {
+def _named(entry: Any, name: str, complain: Complain) -> Entry:
+    """An object that a question names: what can be read of it."""
+    read = {**UNKNOWN}
+    try:
+        if not isinstance(entry, dict):
+            raise MalformedError("not an object")
+        read["object_id"] = _id(entry, "object_id")
+        if entry.get("x") is not None:
+            read |= _place(entry)
+    except MalformedError as reason:
+        complain(f"{name}: {reason}")
+    return read
+
+
+_PARTS: dict[str, tuple[str, Callable[[Entry, Complain], tuple[int, Entry]]]] = {
     "objects": ("objects", _object),
     "attributes": ("attributes", _object),
     "region_descriptions": ("regions", _region),

@@ -10,9 +10,11 @@ Importing this package imports nothing else before one of its names is used.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+# typing's would be most of what is imported before the command line can handle Ctrl-C
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from dualfocus.runtime import Bundle, DualFocus, FocusResult, Question
 
 __all__ = ["Bundle", "DualFocus", "FocusResult", "Question"]

@@ -9,8 +9,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import secrets
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -114,7 +116,7 @@ def ask(
     with _errors():
         from dualfocus.runtime import Bundle, DualFocus, Reference, open_picture
         from dualfocus.runtime.bundle import BUILT_IN
-        from dualfocus.runtime.errors import InputError
+        from dualfocus.runtime.errors import InputError, PictureWarning
         from dualfocus.runtime.turns import Turns
         from dualfocus.runtime.zooms import zooms as zooming
 
@@ -128,7 +130,12 @@ def ask(
                 given = f"--mode {mode}" if mode != "dual" else "--skip-above"
                 raise InputError(f"--zooms {zooms} runs both passes, so {given} cannot be given with it")
             protocol = partial(zooming, most=zooms, select=select, free_box=free_box or plain)
-        pixels = open_picture(_standard_input() if picture == "-" else picture, "standard input")
+        with warnings.catch_warnings(record=True) as noted:
+            warnings.simplefilter("always", PictureWarning)
+            pixels = open_picture(_standard_input() if picture == "-" else picture, "standard input")
+        notes = [str(warning.message) for warning in noted]
+        for note in notes:
+            _say(note)
         waiting = _Waiting()
         with waiting:
             waiting.say("opening the model")
@@ -157,7 +164,12 @@ def ask(
         for question in questions:
             result = answer(question)
             if as_json:
-                shown = {**result.to_dict(), "bundle": model.manifest.name, "device": str(model.device)}
+                shown = {
+                    **result.to_dict(),
+                    "bundle": model.manifest.name,
+                    "device": str(model.device),
+                    "warnings": notes,  # about the picture
+                }
                 print(json.dumps(shown), flush=True)  # in ASCII, which every stdout can take
             else:
                 _print_result(result, question if len(questions) > 1 else None, str(model.device))
@@ -946,11 +958,15 @@ def _check_writable(option: str, path: Path) -> None:
 
 def _save(image: PillowImage, path: Path) -> None:
     """Write `image` to `path`: all of it, or nothing."""
+    from PIL import Image
+
     from dualfocus.runtime.errors import InputError
 
-    unfinished = path.with_name(f".{os.getpid()}{path.suffix}")
+    unfinished = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
     try:
-        image.save(unfinished)
+        # a new file: never through a link that somebody put there
+        with os.fdopen(os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), "w+b") as file:
+            image.save(file, Image.registered_extensions()[path.suffix.lower()])
         unfinished.replace(path)
     except (OSError, ValueError) as error:  # ValueError: a format that knows no such picture
         raise InputError(f"--show {path}: {getattr(error, 'strerror', None) or error}") from None

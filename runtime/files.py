@@ -28,15 +28,16 @@ def read_bytes(path: Path, error: type[InputError], *, limit: int) -> bytes:
         # a FIFO without a writer would block the opening
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(handle, "rb") as file:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise error(f"{path} is not a regular file")
-            content = file.read(limit + 1)
+            regular = stat.S_ISREG(os.fstat(handle).st_mode)
+            content = file.read(limit + 1) if regular else b""
     except (FileNotFoundError, NotADirectoryError):
         raise error(f"{path} does not exist") from None
     except IsADirectoryError:
         raise error(f"{path} is a folder, expected a file") from None
     except (OSError, ValueError) as problem:  # ValueError: a NUL in the path
         raise error(f"{path} cannot be read: {getattr(problem, 'strerror', None) or problem}") from None
+    if not regular:
+        raise error(f"{path} is not a regular file")
     if len(content) > limit:
         raise error(f"{path} has more than {limit:,} bytes")
     return content

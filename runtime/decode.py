@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import logging
 import re
 import struct
 import threading
@@ -64,11 +65,13 @@ SIDE_LIMIT = 1 << 24  # pixels, of the crop kernel
 PIXEL_LIMIT = 178_956_970  # twice what Pillow warns of
 WHOLE_LIMIT = PIXEL_LIMIT // 2  # of formats whose decoders keep further copies of the whole picture
 SLOW_LIMIT = 1 << 22  # of PPM in text, or with another white than 255 and 65535
+SCAN_LIMIT = 3_000_000_000  # a JPEG's pixels times its scans: each goes over all of them
 MISSING_ROWS = 0.1  # of all: what a picture may lack
 
 _WHOLE = ("WEBP", "AVIF", "HEIF")
 _STRIP = 1 << 20  # pixels that are converted at a time
-_EOI = b"\xff\xd9"  # a JPEG's end
+_JPEG = ("JPEG", "MPO")
+_SOS, _EOI = b"\xff\xda", b"\xff\xd9"  # a JPEG's scan begins, its end
 
 # Pillow registers what is imported
 _PLUGINS = (
@@ -97,6 +100,8 @@ _SUBFILE, _SUB_IFDS, _SAMPLE_FORMAT, _SMIN, _SMAX, _DNG = 254, 330, 339, 340, 34
 _CFA, _LINEAR_RAW = 32803, 34892  # of a camera's sensor
 _UNSIGNED, _SIGNED = 1, 2  # of SampleFormat
 
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its errors come out on stderr
+
 
 def decode(file: bytes, name: str) -> Pixels:
     """The picture in an encoded file. `name` is what messages call it.
@@ -111,6 +116,10 @@ def decode(file: bytes, name: str) -> Pixels:
             return _upright_rgb(_open_heif(file, name), name, orientation=1)
         image = _open(file, name)
         _check_readable(image, name)
+        if image.format in _JPEG and file.count(_SOS) * image.width * image.height > SCAN_LIMIT:
+            raise PictureError(
+                f"{name} is a JPEG in {file.count(_SOS):,} scans, too many for its size: save it again"
+            )
         wide = _wide(image)
         image, missing = _load(image, file, name)
         image = _with_png_transparency(image, file, name)
@@ -137,7 +146,7 @@ def convert(image: Image.Image, name: str) -> Pixels:
         except MemoryError:
             raise
         except Exception as error:  # damaged pixels raise whatever their decoder stumbled over
-            raise PictureError(f"{name} is damaged: {error}") from None
+            raise PictureError(f"{name} is damaged: {_line(error)}") from None
         return _upright_rgb(image, name, wide=wide)
 
 
@@ -228,7 +237,7 @@ def _open_heif(file: bytes, name: str) -> Image.Image:
     except (MemoryError, PictureError):
         raise
     except Exception as error:  # libheif's messages come as errors of many kinds
-        raise PictureError(f"{name} is a HEIC picture that cannot be read: {error}") from None
+        raise PictureError(f"{name} is a HEIC picture that cannot be read: {_line(error)}") from None
     return image
 
 
@@ -240,6 +249,11 @@ def _check_size(size: tuple[int, int], format: str | None, name: str) -> None:
         )
     if size[0] * size[1] > limit:
         raise _too_large(name, limit)
+
+
+def _line(error: Exception) -> str:
+    """A library's message, shortened to a line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _refused(name: str, what: str, advice: str) -> PictureError:
@@ -294,9 +308,9 @@ def _load(image: Image.Image, file: bytes, name: str) -> tuple[Image.Image, int]
     except MemoryError:
         raise
     except Exception as error:  # truncated or damaged pixels raise whatever their decoder stumbled over
-        problem = str(error)
+        problem = _line(error)
     try:
-        if image.format in ("JPEG", "MPO"):
+        if image.format in _JPEG:
             image, missing = _partial_jpeg(image, file, name)
         else:
             image, missing = _partial(file, name)
@@ -385,7 +399,7 @@ def _upright_rgb(image: Image.Image, name: str, orientation: int | None = None, 
     except (MemoryError, PictureError):
         raise
     except Exception as error:  # Pillow meets palettes and transparencies that fit no picture
-        raise PictureError(f"{name} is damaged: {error}") from None
+        raise PictureError(f"{name} is damaged: {_line(error)}") from None
     return upright
 
 

@@ -6,8 +6,9 @@ SOURCES := pyproject.toml setup.py $(wildcard kernels/*.c kernels/*.cu kernels/*
 
 AARCH64 := build/aarch64
 CUDA := build/cuda
+PILLOW := build/pillow
 
-.PHONY: demo test test-slow test-aarch64 wheel-aarch64 test-cuda jetson clean
+.PHONY: demo test test-slow test-pillow test-aarch64 wheel-aarch64 test-cuda jetson clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dualfocus ask examples/scene.png "$$(cat examples/scene.txt)" --show examples/scene.answer.png
@@ -18,6 +19,17 @@ test: $(VENV)/.test
 
 test-slow: $(VENV)/.test
 	$(BIN)/pytest -m slow
+
+# Pictures and the kernel with the oldest Pillow that is allowed; `make test` has the newest.
+test-pillow: $(VENV)/.test $(PILLOW)/.made
+	PYTHONPATH=$(PILLOW) $(BIN)/python -c 'import PIL; print("Pillow", PIL.__version__, "from", PIL.__file__)'
+	PYTHONPATH=$(PILLOW) $(BIN)/pytest -m "not slow" tests/test_image.py tests/test_pictures.py tests/test_kernels.py
+
+$(PILLOW)/.made: pyproject.toml | $(BIN)/python
+	rm -rf $(PILLOW)
+	sed --quiet 's/.*"pillow>=\([0-9.]*\)".*/pillow==\1/p' pyproject.toml | \
+	    xargs $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(PILLOW)
+	touch $@
 
 # Elsewhere than on 64-bit ARM it is cross-compiled. Of Python's headers those of this machine do: with the limited
 # API, what they say of sizes holds for 64-bit ARM as it does for x86-64.

@@ -1100,6 +1100,7 @@ def _stderr() -> Console:
 
 def main() -> None:
     """The entry point of `dualfocus`."""
+    warnings.formatwarning = lambda message, *_, **__: f"dualfocus: {_line(str(message))}\n"
     app(prog_name="dualfocus")
 
 

@@ -73,6 +73,9 @@ _STRIP = 1 << 20  # pixels that are converted at a time
 _JPEG = ("JPEG", "MPO")
 _SOS, _EOI = b"\xff\xda", b"\xff\xd9"  # a JPEG's scan begins, its end
 
+# how an AVIF names its EXIF block: an item's version, number and protection, then its type
+_EXIF_ITEM = re.compile(rb"(infe(?:\x02.{7}|\x03.{9}))Exif", re.DOTALL)
+
 # Pillow registers what is imported
 _PLUGINS = (
     AvifImagePlugin,
@@ -200,6 +203,8 @@ _quiet = _Quiet()
 
 def _open(file: bytes, name: str) -> Image.Image:
     """The picture with its size and mode, not decoded."""
+    if file[4:8] == b"ftyp":  # AVIF says by itself how it is turned: Pillow need not read its EXIF, and fail
+        file = _EXIF_ITEM.sub(rb"\1free", file)
     try:
         image = Image.open(io.BytesIO(file), formats=formats.READ)
     except Image.DecompressionBombError:
@@ -404,10 +409,13 @@ def _upright_rgb(image: Image.Image, name: str, orientation: int | None = None, 
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, or XMP's where EXIF has none; 1 where it cannot be read."""
+    """EXIF's orientation, or XMP's where EXIF has none; 1 where it cannot be read.
+
+    Pillow gives an AVIF's own as if it were EXIF's.
+    """
     tags = _tags(image)  # Pillow turns TIFFs, and then removes the tag
     found: int | None = tags.get(_ORIENTATION) if tags else _exif_orientation(_exif(image))
-    if found is None:
+    if found is None and image.format != "AVIF":
         found = _xmp_orientation(image)
     return found if found is not None and found in range(1, 9) else 1
 

@@ -443,6 +443,43 @@ def test_a_broken_block_never_costs_the_picture(format: str, kind: str) -> None:
     assert np.abs(found - UPRIGHT[orientation](expected)).max() <= (10 if format == "JPEG" else 0)
 
 
+def test_an_avif_says_by_itself_how_it_is_turned() -> None:
+    image, expected = rgb(samples(20, 30, 4, smooth=True))
+    data = saved(image, "AVIF", 6, xmp=b'<x tiff:Orientation="8"/>', quality=95, speed=10)
+    data = data.replace(b"Exif\0\0", b"Xxxx\0\0")
+    assert np.abs(open_picture(data).astype(int) - UPRIGHT[6](expected)).max() <= 9
+    block = Image.Exif()
+    block[0x0112], block[0x010E] = 6, "a picture"
+    file = io.BytesIO()
+    image.save(file, "AVIF", exif=block, quality=95, speed=10)
+    data = file.getvalue()
+    start = data.index(b"a picture") - 30
+    for damage in (b"\xff" * 20, bytes(20)):
+        broken = data[:start] + damage + data[start + 20 :]
+        assert np.abs(open_picture(broken).astype(int) - UPRIGHT[6](expected)).max() <= 9
+
+
+def test_a_tiff_with_a_broken_exif_directory_is_turned() -> None:
+    rows = bytes(range(8))
+    tags = [
+        (256, 4),
+        (257, 2),
+        (258, 8),
+        (259, 1),
+        (262, 1),
+        (273, 8),
+        (274, 6),
+        (277, 1),
+        (278, 2),
+        (279, 8),
+    ]
+    expected = UPRIGHT[6](grey(np.arange(8).reshape(2, 4)))
+    for value in (0xFFFFFFFF, 5, 8):
+        for tag in (34665, 34853):
+            found = open_picture(little_tiff([*tags, (tag, value)], rows))
+            np.testing.assert_array_equal(found, expected)
+
+
 def test_xmp_says_it_where_exif_does_not() -> None:
     image, expected = rgb(samples(20, 30, 4, smooth=False))
     file = io.BytesIO()

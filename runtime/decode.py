@@ -21,9 +21,9 @@ Alpha and transparent colours are laid over white. An embedded colour profile (I
 trained on pictures without, and pixels would depend on the LittleCMS that Pillow was built with.
 
 Damage: a picture may lack a tenth of its rows, as one does whose transfer broke off; a PictureWarning says
-how many. Which rows are missing is measured: what decodes differently when what follows the file's end, or
-what was in memory before, differs. A JPEG that is stored in several scans must be complete, and formats that
-are decoded as a whole (WebP, AVIF, HEIC).
+how many. They are measured: rows are missing that decode differently when something else follows the file's
+end (JPEG), or when something else was in memory before (other formats). Of a JPEG in several scans, the last
+one has to have begun. WebP, AVIF and HEIC, which are decoded as a whole, have to be complete.
 
 Memory: sides and pixels are checked before anything is decoded. While decoding, Pillow's picture and what
 its decoder keeps; then Pillow's picture, 4 bytes a pixel, and the result, 3 bytes a pixel.
@@ -71,7 +71,11 @@ MISSING_ROWS = 0.1  # of all: what a picture may lack
 _WHOLE = ("WEBP", "AVIF", "HEIF")
 _STRIP = 1 << 20  # pixels that are converted at a time
 _JPEG = ("JPEG", "MPO")
-_SOS, _EOI = b"\xff\xda", b"\xff\xd9"  # a JPEG's scan begins, its end
+_EOI = b"\xff\xd9"  # a JPEG's end
+_FILLERS = (bytes(range(1, 128)), b"\xaa" * 127, b"\xfe\xdc\xba" * 42)  # bits that differ from the first on
+_MARKER = re.compile(
+    rb"\xff([^\x00\x01\xd0-\xd8\xff])", re.DOTALL
+)  # of a JPEG's segments, which name their length
 
 # how an AVIF names its EXIF block: an item's version, number and protection, then its type
 _EXIF_ITEM = re.compile(rb"(infe(?:\x02.{7}|\x03.{9}))Exif", re.DOTALL)
@@ -119,10 +123,9 @@ def decode(file: bytes, name: str) -> Pixels:
             return _upright_rgb(_open_heif(file, name), name, orientation=1)
         image = _open(file, name)
         _check_readable(image, name)
-        if image.format in _JPEG and file.count(_SOS) * image.width * image.height > SCAN_LIMIT:
-            raise PictureError(
-                f"{name} is a JPEG in {file.count(_SOS):,} scans, too many for its size: save it again"
-            )
+        scans = sum(1 for _ in _scans(file)) if image.format in _JPEG else 0
+        if scans * image.width * image.height > SCAN_LIMIT:
+            raise PictureError(f"{name} is a JPEG in {scans:,} scans, too many for its size: save it again")
         wide = _wide(image)
         image, missing = _load(image, file, name)
         image = _with_png_transparency(image, file, name)
@@ -316,7 +319,7 @@ def _load(image: Image.Image, file: bytes, name: str) -> tuple[Image.Image, int]
         problem = _line(error)
     try:
         if image.format in _JPEG:
-            image, missing = _partial_jpeg(image, file, name)
+            image, missing = _partial_jpeg(file, name)
         else:
             image, missing = _partial(file, name)
     except MemoryError:
@@ -354,21 +357,45 @@ def _partial(file: bytes, name: str) -> tuple[Image.Image, int]:
     )
 
 
-def _partial_jpeg(broken: Image.Image, file: bytes, name: str) -> tuple[Image.Image, int]:
-    """A JPEG that lacks its end: over two continuations, rows differ from where it ended."""
-    broken.tile = []  # type: ignore[attr-defined]
-    in_one_scan = any(any(high for _, high in _bands(strip)) for strip in _strips(broken))
-    first, second = (_open(file + filler + _EOI, name) for filler in (b"", bytes(range(1, 128))))
-    first.load()
-    second.load()
-    differ = [
-        (np.asarray(a) != np.asarray(b)).reshape(a.height, -1).any(1)
-        for a, b in zip(_strips(first), _strips(second), strict=True)
-    ]
-    rows = np.flatnonzero(np.concatenate(differ))
-    if not rows.size:
-        return first, 0
-    return first, first.height - int(rows[0]) if in_one_scan else first.height
+def _partial_jpeg(file: bytes, name: str) -> tuple[Image.Image, int]:
+    """A JPEG that lacks its end: over several continuations, rows differ from where it ended.
+
+    Rows come in blocks of up to 16. A scan that has not begun would be missing from every row.
+    """
+    whole, *others = (_open(file + filler + _EOI, name) for filler in (b"", *_FILLERS))
+    first = whole.height
+    whole.load()
+    for other in others:
+        other.load()
+        top = 0
+        for a, b in zip(_strips(whole), _strips(other), strict=True):
+            differ = (np.asarray(a) != np.asarray(b)).reshape(a.height, -1).any(1)
+            if differ.any():
+                row = top + int(differ.argmax())
+                first = min(first, row, (row + 1) // 16 * 16)  # colours reach into the row above a block
+                break
+            top += a.height
+    return whole, whole.height - (0 if _coarse(file, len(whole.getbands())) else first)
+
+
+def _scans(file: bytes) -> Iterator[bytes]:
+    """The headers of a JPEG's scans: its channels, the coefficients and their bits that each brings."""
+    at = 0
+    while (marker := _MARKER.search(file, at)) and marker[1] != b"\xd9":
+        at = marker.end() + int.from_bytes(file[marker.end() : marker.end() + 2], "big")
+        if marker[1] == b"\xda":
+            yield file[marker.end() + 2 : at]
+
+
+def _coarse(file: bytes, channels: int) -> bool:
+    """Whether a JPEG ends before the scan has begun that brings the last bits of its coefficients."""
+    missing: dict[int, list[int]] = {}  # bits of each channel's 64 coefficients
+    for scan in _scans(file):
+        ends = 1 + 2 * scan[0]
+        first, last, bits = scan[ends : ends + 3]
+        for channel in scan[1:ends:2]:
+            missing.setdefault(channel, [1] * 64)[first : last + 1] = [bits & 15] * (last + 1 - first)
+    return len(missing) < channels or any(map(any, missing.values()))
 
 
 def _strips(image: Image.Image) -> Iterator[Image.Image]:
@@ -529,7 +556,7 @@ class _Levels:
             )
         if _SMAX in tags:
             self._black, self._white = float(_first(tags.get(_SMIN, 0))), float(_first(tags[_SMAX]))
-            if not (np.isfinite([self._black, self._white]).all() and self._black < self._white):
+            if not 1e-30 < self._white - self._black < 1e30:
                 raise PictureError(
                     f"{name} says that its samples reach from {self._black:g} to {self._white:g}: "
                     "convert it to 8 bits a channel"

@@ -14,7 +14,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from dualfocus.runtime import PictureError, PictureWarning, open_picture
+from dualfocus.runtime import PictureError, PictureWarning, decode, open_picture
 from dualfocus.runtime.decode import PIXEL_LIMIT, SIDE_LIMIT
 
 SHAPES = [(23, 17), (1, 1), (1, 9), (9, 1), (2, 400), (400, 2)]  # (H, W)
@@ -157,7 +157,8 @@ ZOO: list[tuple[str, dict[str, object], Make, float, float]] = [
 @pytest.mark.parametrize(
     "number", range(len(ZOO)), ids=[f"{z[0]}-{z[2].__name__}-{n}" for n, z in enumerate(ZOO)]
 )
-def test_every_orientation_and_shape(number: int) -> None:
+def test_every_orientation_and_shape(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "_STRIP", 40)  # pixels: most pictures are converted in several pieces
     format, options, make, most, average = ZOO[number]
     for shape in SHAPES:
         image, expected = make(samples(*shape, 4, smooth=most > 2))
@@ -295,6 +296,9 @@ def test_an_unknown_range_is_refused(array: np.ndarray, said: str) -> None:
 def test_a_range_that_is_none() -> None:
     data = tiff((STEPS * 65535).astype(np.uint16), [(340, "H", 1, 7), (341, "H", 1, 7)])
     assert "from 7 to 7" in refused(data)
+    for low, high in ((1.0, 0.0), (0.0, np.nan), (0.0, np.inf), (0.0, 1e-40), (-1e300, 1e300)):
+        data = tiff(STEPS.astype(np.float32), [(340, "d", 1, low), (341, "d", 1, high)])
+        assert f"from {low:g} to {high:g}" in refused(data)
 
 
 def test_twelve_bits_are_scaled_by_their_number() -> None:
@@ -505,6 +509,20 @@ def test_a_jpeg_without_its_last_two_bytes_is_whole(height: int, progressive: bo
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         np.testing.assert_array_equal(open_picture(data[:-2]), open_picture(data))
+
+
+def test_a_progressive_jpeg_may_lack_some_of_its_last_scan_and_no_other() -> None:
+    image, _ = rgb(samples(400, 160, 4, smooth=False))
+    data = saved(image, "JPEG", progressive=True)
+    scans = [at for at in range(len(data)) if data[at : at + 2] == b"\xff\xda"]
+    assert len(scans) == 10  # libjpeg's script
+    last = len(data) - scans[-1]
+    with pytest.warns(PictureWarning, match="of its 400 rows are missing"):
+        found = open_picture(data[: len(data) - last // 20])
+    wrong = np.flatnonzero((found != open_picture(data)).any((1, 2)))
+    assert wrong.min() >= 360
+    for cut in (scans[-1] - 2, scans[-1], (scans[-2] + 9 * scans[-1]) // 10, scans[5], scans[1]):
+        assert "is damaged" in refused(data[:cut])
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "BMP", "PPM", "GIF"])

@@ -260,8 +260,9 @@ def _check_size(size: tuple[int, int], format: str | None, name: str) -> None:
 
 
 def _line(error: Exception) -> str:
-    """A library's message, shortened to a line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """A library's message, shortened to a line; bytes of the file can be part of it."""
+    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(error).split())[:200])
+    return line or type(error).__name__
 
 
 def _refused(name: str, what: str, advice: str) -> PictureError:

@@ -26,7 +26,7 @@ _REFUSED: tuple[
     (rb"(II\xbc|WMPHOTO)", "a JPEG XR picture", SAVE),
     (rb"8BPS", "a Photoshop document (PSD)", SAVE),
     (rb"gimp xcf", "a GIMP document (XCF)", SAVE),
-    (rb"\0\0[\x01\x02]\0", "a Windows icon (ICO)", SAVE),
+    (rb"\0\0[\x01\x02]\0[^\0]\0", "a Windows icon (ICO)", SAVE),
     (rb"icns", "an Apple icon (ICNS)", SAVE),
     (rb"\xd7\xcd\xc6\x9a|\x01\0\0\0.{36} EMF", "a Windows metafile", SAVE),
     (rb"DDS ", "a DDS texture", SAVE),

@@ -672,6 +672,12 @@ def test_what_is_no_picture_is_named(tmp_path, what: str) -> None:
     assert what in sentence
 
 
+@pytest.mark.parametrize("format", ["PCX", "SGI", "TGA", "IM", "DIB", "SPIDER"])
+def test_other_formats_of_pillows_are_not_read(format: str) -> None:
+    image = Image.new("F" if format == "SPIDER" else "RGB", (20, 20))
+    assert "is not a picture that can be read, expected JPEG, PNG," in refused(plain(image, format))
+
+
 def test_no_other_program_is_run(tmp_path, monkeypatch) -> None:
     """A `gs` that would leave a file is in the path; an EPS goes nowhere, opened by Pillow or not."""
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/called\n")

@@ -65,6 +65,7 @@ SIDE_LIMIT = 1 << 24  # pixels, of the crop kernel
 PIXEL_LIMIT = 178_956_970  # twice what Pillow warns of
 WHOLE_LIMIT = PIXEL_LIMIT // 2  # of formats whose decoders keep further copies of the whole picture
 SLOW_LIMIT = 1 << 22  # of PPM in text, or with another white than 255 and 65535
+VALUES_LIMIT = 1 << 18  # of one TIFF tag: Pillow makes an object of each, and a decoder for each strip
 SCAN_LIMIT = 3_000_000_000  # a JPEG's pixels times its scans: each goes over all of them
 MISSING_ROWS = 0.1  # of all: what a picture may lack
 
@@ -106,6 +107,7 @@ _BITS, _PHOTOMETRIC, _ORIENTATION, _PLANAR = 258, 262, 274, 284
 _SUBFILE, _SUB_IFDS, _SAMPLE_FORMAT, _SMIN, _SMAX, _DNG = 254, 330, 339, 340, 341, 50706
 _CFA, _LINEAR_RAW = 32803, 34892  # of a camera's sensor
 _UNSIGNED, _SIGNED = 1, 2  # of SampleFormat
+_BYTES = (1, 2, 6, 7)  # types of one byte, which stay bytes
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its errors come out on stderr
 
@@ -206,12 +208,14 @@ _quiet = _Quiet()
 
 def _open(file: bytes, name: str) -> Image.Image:
     """The picture with its size and mode, not decoded."""
+    if any(count > VALUES_LIMIT and kind not in _BYTES for _, kind, count, _ in _entries(file)):
+        raise PictureError(f"{name} is a TIFF with more than {VALUES_LIMIT:,} strips or tiles: save it again")
     if file[4:8] == b"ftyp":  # AVIF says by itself how it is turned: Pillow need not read its EXIF, and fail
         file = _EXIF_ITEM.sub(rb"\1free", file)
     try:
         image = Image.open(io.BytesIO(file), formats=formats.READ)
     except Image.DecompressionBombError:
-        raise _too_large(name, PIXEL_LIMIT) from None
+        raise _too_large(name, min(PIXEL_LIMIT, 2 * (Image.MAX_IMAGE_PIXELS or PIXEL_LIMIT))) from None
     except MemoryError:
         raise
     except Exception:  # a damaged header raises whatever its decoder stumbled over
@@ -461,21 +465,36 @@ def _exif(image: Image.Image) -> bytes:
 def _exif_orientation(block: bytes) -> int | None:
     """Of the first directory, whatever else that has; None where there is none, or it is broken."""
     block = block.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0")  # some cameras write it twice
-    order = {b"II": "<", b"MM": ">"}.get(block[:2])
-    if order is None:
-        return None
-    try:
-        (directory,) = struct.unpack_from(order + "I", block, 4)
-        (count,) = struct.unpack_from(order + "H", block, directory)
-        for at in range(directory + 2, directory + 2 + 12 * count, 12):
-            tag, kind = struct.unpack_from(order + "HH", block, at)
-            if tag == _ORIENTATION:
-                form = {1: "B", 3: "H", 4: "I"}.get(kind, "H")
-                value: int = struct.unpack_from(order + form, block, at + 8)[0]
-                return value
-    except struct.error:  # it ends early
-        pass
+    order = "little" if block[:2] == b"II" else "big"
+    for tag, kind, _, at in _entries(block):
+        if tag == _ORIENTATION:
+            size = {1: 1, 3: 2, 4: 4}.get(kind, 2)
+            return int.from_bytes(block[at : at + size], order)  # type: ignore[arg-type]
     return None
+
+
+def _entries(tiff: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """Of the first directory of a TIFF file, or of an EXIF block: tag, type, number of values, their place.
+
+    Ends where the directory is broken.
+    """
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None:
+        return
+    try:
+        if struct.unpack_from(order + "H", tiff, 2) == (43,):  # BigTIFF
+            (start,) = struct.unpack_from(order + "Q", tiff, 8)
+            (number,) = struct.unpack_from(order + "Q", tiff, start)
+            first, size, form = start + 8, 20, order + "HHQ"
+        else:
+            (start,) = struct.unpack_from(order + "I", tiff, 4)
+            (number,) = struct.unpack_from(order + "H", tiff, start)
+            first, size, form = start + 2, 12, order + "HHI"
+        for at in range(first, first + min(number, 65535) * size, size):
+            tag, kind, count = struct.unpack_from(form, tiff, at)
+            yield tag, kind, count, at + struct.calcsize(form)
+    except (struct.error, OverflowError):
+        return
 
 
 def _xmp_orientation(image: Image.Image) -> int | None:

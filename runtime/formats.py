@@ -16,9 +16,8 @@ _BRANDS = {  # of ISO media files, whose major brand says little: the compatible
     b"avis": "AVIF",
     **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIF"),
 }
-_REFUSED: tuple[
-    tuple[bytes, str, str], ...
-] = (  # pattern at the start, what it is, what to do if it shows a picture
+# pattern at the start, what it is, what to do if it shows a picture
+_REFUSED: tuple[tuple[bytes, str, str], ...] = (
     (rb"%!PS|\xc5\xd0\xd3\xc6", "PostScript (EPS)", SAVE),
     (rb"%PDF", "a PDF", "save the page as PNG or JPEG"),
     (rb"\xff\x0a|\0\0\0\x0cJXL ", "a JPEG XL picture", SAVE),
@@ -48,7 +47,7 @@ _REFUSED: tuple[
 )
 _SPACE = rb"(\xef\xbb\xbf)?\s*"
 _MARKUP = (
-    (rb"(<\?xml[^>]*>\s*|<!--.*?-->\s*|<!doctype svg[^>]*>\s*)*<svg", "an SVG drawing", SAVE),
+    (rb"(<\?xml[^>]*>\s*|<!--(?:(?!-->).)*-->\s*|<!doctype svg[^>]*>\s*)*<svg", "an SVG drawing", SAVE),
     (rb"<!doctype html|<html|<head", "a web page", "download the picture itself"),
     (rb"data:", "a data: URI", "decode it and give the bytes"),
 )

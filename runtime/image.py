@@ -67,8 +67,8 @@ def open_picture(source: PictureSource, name: str = "the picture") -> Picture:
     image, an (H, W, 3) uint8 array, or a uint8 tensor of PyTorch, (H, W, 3) or (3, H, W). `name` is what
     messages call a source without a file name. `decode` says which files are read, and how.
 
-    Raises PictureError when there is no usable picture. Warns with PictureWarning, once a message, when rows
-    of it are missing, a tenth at most.
+    Raises PictureError when there is no usable picture. Warns with PictureWarning when rows of it are
+    missing, a tenth at most.
     """
     if isinstance(source, np.ndarray):
         return _check_array(source, "array")
@@ -107,7 +107,11 @@ def _read(path: str) -> bytes:
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", path) and not os.path.exists(path):
         raise PictureError(f"{_shown(path)} is a URL, expected a file name: download the picture first")
     if os.path.isdir(path):
-        raise PictureError(f"{_shown(path)} is a folder, expected a picture")
+        bundle = os.path.exists(os.path.join(path, "manifest.json"))
+        what = (
+            "a bundle, expected a picture: give it as the model" if bundle else "a folder, expected a picture"
+        )
+        raise PictureError(f"{_shown(path)} is {what}")
     if len(path) > _NAME_SHOWN and not os.path.exists(path):
         raise PictureError(f"{_shown(path)} does not exist")
     return files.read_bytes(Path(path), PictureError, limit=FILE_LIMIT)

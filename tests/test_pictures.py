@@ -15,6 +15,7 @@ import tifffile
 from PIL import Image
 
 from dualfocus.runtime import PictureError, PictureWarning, decode, open_picture
+from dualfocus.runtime.bundle import BUILT_IN
 from dualfocus.runtime.decode import PIXEL_LIMIT, SIDE_LIMIT
 
 SHAPES = [(23, 17), (1, 1), (1, 9), (9, 1), (2, 400), (400, 2)]  # (H, W)
@@ -610,6 +611,32 @@ def test_a_jpeg_of_a_million_scans() -> None:
     assert "scans" in refused(data[:-2] + body * 1000 + b"\xff\xd9")
 
 
+def test_a_tiff_of_a_million_strips() -> None:
+    many = (1 << 18) + 1
+    tags = [(256, 1), (257, many), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1)]
+    data = little_tiff(tags, bytes(4 * many))
+    at = data.rindex((273).to_bytes(2, "little") + b"\4\0\1\0")
+    data = data[: at + 4] + many.to_bytes(4, "little") + data[at + 8 :]
+    assert "more than 262,144 strips" in refused(data)
+    big = io.BytesIO()
+    tifffile.imwrite(
+        big, np.zeros((16, many), np.uint8), bigtiff=True, tile=(16, 16), photometric="minisblack"
+    )
+    assert open_picture(big.getvalue()).shape == (16, many, 3)
+    tifffile.imwrite(
+        big, np.zeros((many, 1), np.uint8), bigtiff=True, rowsperstrip=1, photometric="minisblack"
+    )
+    assert "more than 262,144 strips" in refused(big.getvalue())
+
+
+def test_pillows_own_limit_may_be_lower(monkeypatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    assert "larger than 100 pixels" in refused(png(20, 20, 8, 0, bytes(400)))
+    assert open_picture(png(9, 9, 8, 0, bytes(81))).shape == (9, 9, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    test_bombs()
+
+
 def test_a_large_ppm_that_is_read_slowly() -> None:
     assert "PPM" in refused(b"P2 3000 3000 255 " + b"7 " * 9)
 
@@ -670,6 +697,11 @@ def test_what_is_no_picture_is_named(tmp_path, what: str) -> None:
     sentence = refused(path)
     assert sentence.startswith(f"{path} is ")
     assert what in sentence
+
+
+def test_markup_without_end_is_no_riddle() -> None:
+    assert "is text" in refused(b"<!---->" * 580)
+    assert "is text" in refused(b"<?xml " + b" " * 4000)
 
 
 @pytest.mark.parametrize("format", ["PCX", "SGI", "TGA", "IM", "DIB", "SPIDER"])
@@ -763,6 +795,7 @@ def test_what_is_no_source() -> None:
         ("https://example.com/a//b.jpg?c", "https://example.com/a//b.jpg?c is a URL"),
         ("data:image/png;base64," + "A" * 9999, "a data: URI was given"),
         ("", "file name is empty"),
+        (BUILT_IN, "is a bundle, expected a picture"),
         ("A" * 9999, "does not exist"),
         ("a\0b.png", "cannot be read"),
     ):

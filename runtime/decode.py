@@ -344,8 +344,7 @@ def _partial(file: bytes, name: str) -> tuple[Image.Image, int]:
     parts = []
     for fill in (0, 1):
         image = _open(file, name)
-        turned = _tags(image).get(_ORIENTATION, 1) != 1  # by Pillow, sometimes
-        if turned or (image.format == "GIF" and "transparency" in image.info):  # which is its own fill
+        if image.format == "GIF" and "transparency" in image.info:  # which is its own fill
             raise ValueError("missing rows cannot be told")
         image.im = Image.new(image.mode, image.size, fill).im
         try:

@@ -22,8 +22,8 @@ test-slow: $(VENV)/.test
 
 # Pictures and the kernel with the oldest Pillow that is allowed; `make test` has the newest.
 test-pillow: $(VENV)/.test $(PILLOW)/.made
-	PYTHONPATH=$(PILLOW) $(BIN)/python -c 'import PIL; print("Pillow", PIL.__version__, "from", PIL.__file__)'
-	PYTHONPATH=$(PILLOW) $(BIN)/pytest -m "not slow" tests/test_image.py tests/test_pictures.py tests/test_kernels.py
+	PYTHONPATH=$(CURDIR)/$(PILLOW) $(BIN)/python -c 'import PIL; print("Pillow", PIL.__version__, "from", PIL.__file__)'
+	PYTHONPATH=$(CURDIR)/$(PILLOW) $(BIN)/pytest -m "not slow" tests/test_image.py tests/test_pictures.py tests/test_kernels.py
 
 $(PILLOW)/.made: pyproject.toml | $(BIN)/python
 	rm -rf $(PILLOW)

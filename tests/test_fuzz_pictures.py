@@ -118,7 +118,7 @@ def main(seed: int, count: int) -> None:
     """Prints how many were read, read in part, and refused; a hang ends it with a traceback."""
     from dualfocus.runtime import PictureError, PictureWarning, open_picture
 
-    told: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
     for number, data in enumerate(mutations(seed, count)):
         faulthandler.dump_traceback_later(HANG, exit=True)
         try:
@@ -128,7 +128,7 @@ def main(seed: int, count: int) -> None:
         except PictureError as error:
             if not str(error).isprintable():
                 raise AssertionError((seed, number)) from error
-            told["refused"] += 1
+            outcomes["refused"] += 1
             continue
         except BaseException:
             print(f"seed {seed}, mutation {number}", file=sys.stderr)
@@ -138,9 +138,9 @@ def main(seed: int, count: int) -> None:
         assert array.shape[2] == 3, (seed, number)
         categories = [warning.category for warning in noted]
         assert categories in ([], [PictureWarning]), (seed, number, *map(str, noted))
-        told["in part" if noted else "read"] += 1
+        outcomes["in part" if noted else "read"] += 1
     faulthandler.cancel_dump_traceback_later()
-    print(dict(told))
+    print(dict(outcomes))
 
 
 @pytest.mark.slow

@@ -760,6 +760,14 @@ def test_heic(monkeypatch) -> None:
     assert "pip install 'dualfocus[heif]'" in refused(file.getvalue())
 
 
+@pytest.mark.parametrize(("format", "plugin"), [("AVIF", "AvifImagePlugin"), ("WEBP", "WebPImagePlugin")])
+def test_a_pillow_that_was_built_without(format: str, plugin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = plain(Image.new("RGB", (20, 20)), format)
+    monkeypatch.setattr(f"PIL.{plugin}.SUPPORTED", False)
+    monkeypatch.setattr("PIL.features.check", lambda _: False)
+    assert f"is {format}, which the installed Pillow was built without" in refused(data)
+
+
 # --- where pictures come from
 
 
@@ -809,6 +817,10 @@ def test_what_is_no_source() -> None:
         sentence = refused(source)
         assert said in sentence
         assert len(sentence) < 250
+
+
+def test_an_endless_device() -> None:
+    assert refused("/dev/zero") == "/dev/zero is not a regular file"
 
 
 def test_a_closed_file(tmp_path) -> None:

@@ -6,8 +6,9 @@ SOURCES := pyproject.toml setup.py $(wildcard kernels/*.c kernels/*.cu kernels/*
 
 AARCH64 := build/aarch64
 CUDA := build/cuda
+PILLOW := build/pillow
 
-.PHONY: demo test test-slow fuzz test-aarch64 wheel-aarch64 test-cuda jetson clean
+.PHONY: demo test test-slow fuzz test-pillow test-aarch64 wheel-aarch64 test-cuda jetson clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dualfocus ask examples/scene.png "$$(cat examples/scene.txt)" --show examples/scene.answer.png
@@ -23,6 +24,17 @@ test-slow: $(VENV)/.test
 fuzz: export FUZZ ?= 10
 fuzz: $(VENV)/.test
 	$(BIN)/pytest -m slow tests/test_fuzz_*.py
+
+# Pictures and the kernel with the oldest Pillow that is allowed; `make test` has the newest.
+test-pillow: $(VENV)/.test $(PILLOW)/.made
+	PYTHONPATH=$(CURDIR)/$(PILLOW) $(BIN)/python -c 'import PIL; print("Pillow", PIL.__version__, "from", PIL.__file__)'
+	PYTHONPATH=$(CURDIR)/$(PILLOW) $(BIN)/pytest -m "not slow" tests/test_image.py tests/test_pictures.py tests/test_kernels.py
+
+$(PILLOW)/.made: pyproject.toml | $(BIN)/python
+	rm -rf $(PILLOW)
+	sed --quiet 's/.*"pillow>=\([0-9.]*\)".*/pillow==\1/p' pyproject.toml | \
+	    xargs $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(PILLOW)
+	touch $@
 
 # Elsewhere than on 64-bit ARM it is cross-compiled. Of Python's headers those of this machine do: with the limited
 # API, what they say of sizes holds for 64-bit ARM as it does for x86-64.
@@ -49,6 +61,17 @@ $(CUDA)/.made: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m venv --clear $(CUDA)
 	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"])' | \
 	    xargs $(CUDA)/bin/pip install --quiet --disable-pip-version-check 'onnxruntime-gpu==1.31.*'
+	touch $@
+
+# The documentation as a site, build/site, with the notebook executed. A warning is an error.
+DOCS := build/docs
+.PHONY: docs
+docs: $(DOCS)/.made
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+$(DOCS)/.made: $(SOURCES) | $(BIN)/python
+	$(BIN)/python -m venv --clear $(DOCS)
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check --editable '.[cpu,docs]'
 	touch $@
 
 # On a Jetson: deploy/jetson/README.md.

@@ -10,9 +10,9 @@ followed by the usual normalisation. `reference` is the same rule in Pillow, to 
 The work is done in C (crop.h), by the best of the paths that the processor can run: "avx512", "avx2", "neon",
 "scalar". All give the same bits. The environment variable DUALFOCUS_ISA, or `force_isa`, picks one.
 
-The pixels are the same on every processor, and whatever Pillow is installed. Pillow's own are not, quite:
-before version 13 it always resized the width first; the later ones and we begin with the height where that
-loses more than twice as many pixels. It shows in tall crops that are not padded.
+The pixels are the same on every processor, and depend on no library. They were compared with Pillow 13.0.0;
+versions before 13 give other bits for tall crops that are not padded, because they always resize the width
+first.
 
 `cuda`, to be imported by itself, is `crop_resize` on an NVIDIA GPU, with the same bits.
 

@@ -1,6 +1,6 @@
 /* Crop, fit into a square, resize and normalise a picture in one pass.
  *
- * The result equals Pillow's, bit for bit:
+ * The result equals that of Pillow 13, bit for bit:
  *
  *     crop = picture.crop(box)
  *     CROP_PAD:     centre the crop on a square of the pad colour, resize((size, size), BICUBIC)

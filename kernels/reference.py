@@ -18,23 +18,12 @@ def pad_square(crop: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     return square
 
 
-def resize(image: Image.Image, width: int, height: int) -> Image.Image:
-    """``image.resize`` as Pillow 13 does it, pass by pass.
-
-    It begins with the height where that loses more than twice the pixels the width does; earlier versions
-    always begin with the width. The first pass rounds, so the order shows in the last bits.
-    """
-    lost_across, lost_down = image.width - width, image.height - height
-    between = (image.width, height) if lost_down > max(0, 2 * lost_across) else (width, image.height)
-    return image.resize(between, BICUBIC).resize((width, height), BICUBIC)
-
-
 def shortest_edge(crop: Image.Image, size: int) -> Image.Image:
     """The crop resized until its shorter edge is `size`, and the centre of that (CLIPImageProcessor)."""
     longer = int(size * max(crop.size) / min(crop.size))
     width, height = (size, longer) if crop.width <= crop.height else (longer, size)
     left, top = (width - size) // 2, (height - size) // 2
-    return resize(crop, width, height).crop((left, top, left + size, top + size))
+    return crop.resize((width, height), BICUBIC).crop((left, top, left + size, top + size))
 
 
 def crop_resize_u8(
@@ -49,7 +38,7 @@ def crop_resize_u8(
     if fit == "crop":
         return np.asarray(shortest_edge(crop, size))
     if fit == "stretch":
-        return np.asarray(resize(crop, size, size))
+        return np.asarray(crop.resize((size, size), BICUBIC))
     return np.asarray(pad_square(crop, fit).resize((size, size), BICUBIC))
 
 

@@ -18,6 +18,7 @@ from dualfocus.runtime.errors import (
     EngineError,
     InputError,
     PictureError,
+    PictureWarning,
     QuestionError,
 )
 from dualfocus.runtime.geometry import Region
@@ -39,6 +40,7 @@ __all__ = [
     "Handle",
     "InputError",
     "PictureError",
+    "PictureWarning",
     "Question",
     "QuestionError",
     "Reference",

@@ -13,6 +13,10 @@ class PictureError(InputError):
     """A picture that is missing, damaged, empty or too large."""
 
 
+class PictureWarning(UserWarning):
+    """A picture is used although its file is not complete."""
+
+
 class QuestionError(InputError):
     """A question that is empty, or too long for the model's context."""
 

@@ -208,8 +208,13 @@ def _claim(folder: Path, error: type[InputError]) -> int:
 def sync(folder: Path) -> None:
     """Bring the folder's files and names to the disk: a rename that follows is then of whole files."""
     for path in (*folder.rglob("*"), folder):
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync_one(path)
+
+
+def sync_one(path: Path) -> None:
+    """Bring one file, or the names in one folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

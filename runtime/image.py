@@ -1,23 +1,20 @@
-"""Pictures from outside, as upright (H, W, 3) uint8 RGB arrays.
-
-EXIF orientation is applied; grey, palette, CMYK and 16-bit pictures are converted; alpha is laid over
-white. Of an animation the first frame counts.
-"""
+"""Pictures from outside, as upright (H, W, 3) uint8 RGB arrays, and what a model sees of them."""
 
 from __future__ import annotations
 
-import io
 import os
-import warnings
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dualfocus.kernels import crop_resize, cuda
+from dualfocus.runtime import decode, files
 from dualfocus.runtime.devices import Device
 from dualfocus.runtime.engines import Array
 from dualfocus.runtime.errors import PictureError
@@ -26,8 +23,10 @@ from dualfocus.runtime.manifest import ImageSpec
 
 Picture = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 FILE_LIMIT = 1 << 30  # bytes; uncompressed, the largest picture that is accepted has half of that
+_NAME_SHOWN = 200  # characters
 
-PictureSource = str | os.PathLike[str] | bytes | Image.Image | Picture
+# and a tensor of PyTorch, which this package does not import
+PictureSource = str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | Picture
 
 
 def whole(picture: Picture) -> Crop:
@@ -62,68 +61,99 @@ def view_on_device(
 
 
 def open_picture(source: PictureSource, name: str = "the picture") -> Picture:
-    """Read a picture from a path, an encoded file's bytes, a Pillow image or an (H, W, 3) uint8 array.
+    """Read a picture: (H, W, 3) uint8 RGB, upright, at most `decode.PIXEL_LIMIT` pixels.
 
-    `name` is what errors call a source that is no path. Raises PictureError when there is no usable
-    picture, one of more pixels than twice Pillow's `Image.MAX_IMAGE_PIXELS` (about 179 million), which
-    would be a decompression bomb, or a file of more than `FILE_LIMIT` bytes.
+    `source` is a file name, an encoded file's bytes, a binary file object (read from its beginning), a Pillow
+    image, an (H, W, 3) uint8 array, or a uint8 tensor of PyTorch, (H, W, 3) or (3, H, W). `name` is what
+    messages call a source without a file name. `decode` says which files are read, and how.
+
+    Raises PictureError when there is no usable picture. Warns with PictureWarning when rows of it are
+    missing, a tenth at most.
     """
     if isinstance(source, np.ndarray):
-        return _check_array(source)
+        return _check_array(source, "array")
     if isinstance(source, Image.Image):
-        return _upright_rgb(source, name)
-    if isinstance(source, bytes):
-        file = source
+        return decode.convert(source, name)
+    if isinstance(source, bytes | bytearray | memoryview):
+        file = bytes(source)
+    elif isinstance(source, str | os.PathLike):
+        name = _shown(os.fsdecode(source))
+        file = _read(os.fsdecode(source))
+    elif callable(getattr(source, "read", None)):
+        own = getattr(source, "name", None)  # of what `open` opened; a number where that was a descriptor
+        name = _shown(own) if isinstance(own, str) else name
+        file = _read_object(source, name)
+    elif (torch := sys.modules.get("torch")) is not None and isinstance(source, torch.Tensor):
+        return _check_tensor(source)
     else:
-        name, file = os.fspath(source), _read(Path(source))
+        raise PictureError(
+            f"{name} is of type {type(source).__name__}, expected a file name, bytes, a binary file object, "
+            "a Pillow image or an array"
+        )
     if not file:
-        raise PictureError(f"{name} is empty")
+        raise PictureError(f"{name} is empty, expected a picture")
     if len(file) > FILE_LIMIT:
-        raise PictureError(f"{name} is larger than {FILE_LIMIT:,} bytes")
+        raise PictureError(f"{name} has more than {FILE_LIMIT:,} bytes")
+    return decode.decode(file, name)
+
+
+def _read(path: str) -> bytes:
+    if not path:
+        raise PictureError("the picture's file name is empty")
+    if path[:5].lower() == "data:":
+        raise PictureError(
+            "a data: URI was given as a picture, expected a file name: decode it and give the bytes"
+        )
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", path) and not os.path.exists(path):
+        raise PictureError(f"{_shown(path)} is a URL, expected a file name: download the picture first")
+    if os.path.isdir(path):
+        bundle = os.path.exists(os.path.join(path, "manifest.json"))
+        what = (
+            "a bundle, expected a picture: give it as the model" if bundle else "a folder, expected a picture"
+        )
+        raise PictureError(f"{_shown(path)} is {what}")
+    if len(path) > _NAME_SHOWN and not os.path.exists(path):
+        raise PictureError(f"{_shown(path)} does not exist")
+    return files.read_bytes(Path(path), PictureError, limit=FILE_LIMIT)
+
+
+def _read_object(source: Any, name: str) -> bytes:
+    """The bytes of a file object."""
     try:
-        with warnings.catch_warnings():
-            # Pillow warns at half of the size that it refuses; one limit is enough
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(file))
-    except Image.DecompressionBombError:
-        raise PictureError(f"{name} is larger than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels") from None
-    except MemoryError:
-        raise
-    except Exception:  # a damaged header raises whatever its decoder stumbled over
-        raise PictureError(f"{name} is not a picture that can be read") from None
-    return _upright_rgb(image, name)
+        if source.seekable():
+            source.seek(0)
+        file = source.read(FILE_LIMIT + 1)
+    except (OSError, ValueError) as error:  # ValueError: it was closed
+        raise PictureError(f"{name} cannot be read: {error}") from None
+    if not isinstance(file, bytes):
+        raise PictureError(f"{name} is a file opened as text, expected a binary one: open it with mode 'rb'")
+    return file
 
 
-def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(FILE_LIMIT + 1)  # a device or a sparse file may never end
-    except FileNotFoundError:
-        raise PictureError(f"{path} does not exist") from None
-    except IsADirectoryError:
-        raise PictureError(f"{path} is a folder, expected a picture") from None
-    except OSError as error:
-        raise PictureError(f"{path} cannot be read: {error.strerror}") from None
+def _shown(path: str) -> str:
+    """A file name as messages have it: what is longer was hardly meant as one."""
+    return path if len(path) <= _NAME_SHOWN else path[:40] + "…"
 
 
-def _check_array(array: npt.NDArray[np.generic]) -> Picture:
+def _check_tensor(tensor: Any) -> Picture:
+    """A copy of PyTorch's tensor, with the channels last."""
+    shape = tuple(tensor.shape)
+    first, last = (len(shape) == 3 and shape[at] == 3 for at in (0, 2))
+    if str(tensor.dtype) != "torch.uint8" or first == last:
+        both = ", which can be read in both ways" if first and last else ""
+        raise PictureError(
+            f"the tensor is {str(tensor.dtype).removeprefix('torch.')} of shape {shape}{both}, "
+            "expected uint8 (H, W, 3) or (3, H, W)"
+        )
+    array = tensor.detach().cpu().numpy()
+    return _check_array(np.array(array if last else array.transpose(1, 2, 0), order="C"), "tensor")
+
+
+def _check_array(array: npt.NDArray[np.generic], kind: str) -> Picture:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
-        raise PictureError(f"the array is {array.dtype} of shape {array.shape}, expected uint8 (H, W, 3)")
+        raise PictureError(f"the {kind} is {array.dtype} of shape {array.shape}, expected uint8 (H, W, 3)")
+    if max(array.shape) > decode.SIDE_LIMIT:
+        raise PictureError(
+            f"the {kind} has the shape {array.shape}, expected sides of at most {decode.SIDE_LIMIT:,}"
+        )
     return np.ascontiguousarray(array, np.uint8)
-
-
-def _upright_rgb(image: Image.Image, name: str) -> Picture:
-    if not (image.width and image.height):
-        raise PictureError(f"{name} has no pixels: {image.width} x {image.height}")
-    try:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits, in Pillow's 16- or 32-bit integers
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.ascontiguousarray(image.convert("RGB"))
-    except MemoryError:
-        raise
-    except Exception as error:  # truncated or damaged pixel data raises whatever its decoder stumbled over
-        raise PictureError(f"{name} is damaged: {error}") from None

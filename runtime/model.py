@@ -8,7 +8,6 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import get_args
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from dualfocus.runtime.image import Picture, PictureSource, open_picture
 from dualfocus.runtime.manifest import SelectRule
 from dualfocus.runtime.prefix_cache import image_name
 from dualfocus.runtime.protocol import focus
-from dualfocus.runtime.result import Event, FocusResult, Mode
+from dualfocus.runtime.result import Event, FocusResult, Mode, check_mode
 from dualfocus.runtime.turns import Question
 from dualfocus.runtime.work import Protocol
 from dualfocus.runtime.worker import Handle, Worker
@@ -31,8 +30,9 @@ ON_CPU, ON_GPU = 16, 2  # slots: memory is touched as it is used, or reserved at
 class DualFocus:
     """Answers questions about pictures, and keeps what it saw of them for later questions.
 
-    A picture is a path, an encoded file's bytes, a Pillow image or an (H, W, 3) uint8 RGB array. Several
-    threads may ask at once. A forked process has to open a model of its own.
+    A picture is anything `image.open_picture` reads: a file name, an encoded file's bytes, a binary file
+    object, a Pillow image, an (H, W, 3) uint8 RGB array or a uint8 tensor of PyTorch. Several threads may
+    ask at once. A forked process has to open a model of its own.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class DualFocus:
 
         "dual" runs both passes and takes the better answer; "macro" looks at the whole picture only; "micro"
         takes the zoomed answer, and the macro answer where the model points nowhere. `box_reply` stands for
-        the model's reply to the locate turn. Raises PictureError, and QuestionError for a question that is
-        empty or too long, before anything is computed.
+        the model's reply to the locate turn. Raises PictureError, QuestionError for a question that is empty
+        or too long, and InputError for another mode, before anything is computed.
         """
         return _wait(self._worker.submit(_kept(picture), question, self._protocol(mode, box_reply)))
 
@@ -127,7 +127,7 @@ class DualFocus:
         self.close()
 
     def _protocol(self, mode: Mode, box_reply: str | None = None) -> Protocol:
-        assert mode in get_args(Mode), f"mode is {mode!r}"
+        check_mode(mode)
         return partial(self._focus, mode=mode, box_reply=box_reply)
 
 

@@ -16,11 +16,11 @@ from dualfocus.runtime.cache import KVCache
 from dualfocus.runtime.engines import Array, Logits
 from dualfocus.runtime.generation import check_finite
 from dualfocus.runtime.geometry import Crop, Region
-from dualfocus.runtime.image import Picture
+from dualfocus.runtime.image import Picture, PictureSource, open_picture
 from dualfocus.runtime.manifest import SelectRule
 from dualfocus.runtime.prefix_cache import image_name
 from dualfocus.runtime.protocol import focus
-from dualfocus.runtime.result import Counters, FocusResult, Generation, Mode, StageClock
+from dualfocus.runtime.result import Counters, FocusResult, Generation, Mode, StageClock, check_mode
 from dualfocus.runtime.sequence import embed, likeliest, log_softmax
 from dualfocus.runtime.turns import Prompt, Question, Turns
 from dualfocus.runtime.work import Encode, Generate, Protocol, Score, Steps, Task, crop_name
@@ -48,11 +48,17 @@ class Reference:
         self._on_stage = on_stage
 
     def ask(
-        self, picture: Picture, question: str | Question, mode: Mode = "dual", *, box_reply: str | None = None
+        self,
+        picture: PictureSource,
+        question: str | Question,
+        mode: Mode = "dual",
+        *,
+        box_reply: str | None = None,
     ) -> FocusResult:
         """The same answer as `model.DualFocus.ask` gives, and the same errors."""
+        check_mode(mode)
         result: FocusResult = self.run(
-            picture, question, partial(self._focus, mode=mode, box_reply=box_reply)
+            open_picture(picture), question, partial(self._focus, mode=mode, box_reply=box_reply)
         )
         return result
 

@@ -6,14 +6,21 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from dualfocus.runtime.errors import InputError
 from dualfocus.runtime.geometry import Box, Crop, Region
 from dualfocus.runtime.turns import Question
 
 Mode = Literal["dual", "macro", "micro"]
 Pass = Literal["macro", "micro"]
 ReplyName = str  # "macro", "locate", "micro", or what another protocol calls its own
+
+
+def check_mode(mode: str) -> None:
+    """Raises InputError unless `mode` is a `Mode`."""
+    if mode not in get_args(Mode):
+        raise InputError(f"unknown mode {mode!r}: expected {', '.join(get_args(Mode))}")
 
 
 @dataclass(frozen=True)

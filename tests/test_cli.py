@@ -6,11 +6,13 @@ import contextlib
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ COUNTERS = [
 ]  # fmt: skip
 SCHEMA = [
     "schema", "answer", "chosen", "skipped", "fallback", "box", "crop", "macro", "micro", "counters",
-    "times_ms", "bundle", "device",
+    "times_ms", "bundle", "device", "warnings",
 ]  # fmt: skip
 
 
@@ -72,7 +74,7 @@ def test_json_is_one_object_of_the_schema(photo, bundle):
     assert "names no box" in answer["fallback"]
     assert answer["micro"] is answer["box"] is answer["crop"] is answer["macro"]["loss"] is None
     assert answer["times_ms"]["total"] > 0
-    assert (answer["bundle"], answer["device"]) == ("tiny", "cpu")
+    assert (answer["bundle"], answer["device"], answer["warnings"]) == ("tiny", "cpu", [])
 
 
 def test_json_with_both_passes(photo, bundle):
@@ -290,8 +292,8 @@ def test_show_of_several_answers(photo, bundle, tmp_path):
 
 
 def test_show_leaves_no_half_when_the_disk_is_full(photo, bundle, tmp_path, monkeypatch):
-    def full(self: Image.Image, path: Path) -> None:
-        Path(path).write_bytes(b"half")
+    def full(self: Image.Image, file: BinaryIO, format: str) -> None:
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
@@ -300,6 +302,57 @@ def test_show_leaves_no_half_when_the_disk_is_full(photo, bundle, tmp_path, monk
     assert "No space left on device" in result.stderr
     assert json.loads(result.stdout)["answer"]  # what was computed is not lost
     assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
+
+
+def test_show_never_writes_through_a_link(photo, bundle, tmp_path, monkeypatch):
+    """Whatever name the unfinished file takes, a link of that name is not followed."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "mine.txt").write_text("mine")
+    monkeypatch.setattr("secrets.token_hex", lambda _: "known")
+    (tmp_path / "out" / ".known.png").symlink_to(tmp_path / "mine.txt")
+    result = run("ask", photo, "What?", "--show", tmp_path / "out/o.png", "--bundle", bundle, "--threads", 1)
+    assert result.exit_code == 2
+    assert "File exists" in result.stderr
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_show_has_the_mode_of_new_files_and_replaces_a_link(photo, bundle, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "out.png").symlink_to(tmp_path / "mine.txt")
+    before = os.umask(0o027)
+    try:
+        ask(photo, "What?", "--show", tmp_path / "out.png", bundle=bundle)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    assert not (tmp_path / "out.png").is_symlink()
+    assert (tmp_path / "out.png").stat().st_mode & 0o777 == 0o640
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt", "out.png", "photo.png"]
+
+
+def test_a_picture_that_lacks_rows_is_answered_with_a_warning(photo, bundle, tmp_path):
+    (tmp_path / "short.png").write_bytes(photo.read_bytes()[:-9000])
+    result = ask(tmp_path / "short.png", "What?", "--json", bundle=bundle)
+    (note,) = json.loads(result.stdout)["warnings"]
+    assert re.fullmatch(f"{tmp_path}/short.png is not complete: [0-9]+ of its 240 rows are missing", note)
+    assert result.stderr == f"dualfocus: {note}\n"
+
+
+@pytest.mark.parametrize(
+    ("picture", "sentence"),
+    [
+        (
+            "https://example.com//a b.jpg?c#d",
+            "https://example.com//a b.jpg?c#d is a URL, expected a file name",
+        ),
+        ("data:image/png;base64," + "A" * 9999, "a data: URI was given as a picture"),
+        ("", "the picture's file name is empty"),
+    ],
+)
+def test_what_is_no_file_name(bundle, picture, sentence):
+    said = refused(run("ask", picture, "What?", "--bundle", bundle))
+    assert said.startswith(sentence)
+    assert len(said) < 200
 
 
 @pytest.mark.parametrize("kind", ["missing", "truncated", "text", "empty", "zero-sized", "folder", "bomb"])
@@ -329,7 +382,7 @@ def test_bad_standard_input(bundle, data):
 def test_endless_standard_input(bundle, photo, monkeypatch):
     monkeypatch.setattr("dualfocus.runtime.image.FILE_LIMIT", 1000)
     sentence = refused(run("ask", "-", "What?", "--bundle", bundle, stdin=photo.read_bytes()))
-    assert sentence == "standard input is larger than 1,000 bytes"
+    assert sentence == "standard input has more than 1,000 bytes"
 
 
 def test_a_bad_question_stops_before_any_answer(photo, bundle):

@@ -150,16 +150,24 @@ def test_a_folder(tmp_path):
 
 def test_a_file_in_no_folder(tmp_path):
     (tmp_path / "file").write_text("x")
-    assert "cannot be read" in refused(tmp_path / "file" / "a.png")
+    assert "does not exist" in refused(tmp_path / "file" / "a.png")
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a"]
+    ("data", "said"),
+    [
+        (b"", "is empty"),
+        (b"not a picture", "is text"),
+        (b"\x89PNG\r\n\x1a\n", "is not a picture"),
+        (b"\xff\xd8\xff\xe0", "is not a picture"),
+        (b"GIF89a\0", "is not a picture"),
+        (b"II*\0\x08\0\0\0", "is a TIFF that is damaged or not supported"),
+    ],
 )
-def test_no_picture(tmp_path, data):
+def test_no_picture(tmp_path, data, said):
     (tmp_path / "a.png").write_bytes(data)
     for source in (tmp_path / "a.png", data):
-        assert ("is empty" if not data else "not a picture") in refused(source)
+        assert said in refused(source)
 
 
 def test_a_file_beyond_the_limit(tmp_path, image, monkeypatch):
@@ -170,38 +178,18 @@ def test_a_file_beyond_the_limit(tmp_path, image, monkeypatch):
         open_picture(source)
     monkeypatch.setattr("dualfocus.runtime.image.FILE_LIMIT", len(data) - 1)
     for source in (tmp_path / "a.png", data):
-        assert f"larger than {len(data) - 1:,} bytes" in refused(source)
+        assert f"more than {len(data) - 1:,} bytes" in refused(source)
 
 
 def test_want_of_memory_is_no_damage(image, monkeypatch):
     def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("PIL.ImageOps.exif_transpose", fail)
-    with pytest.raises(MemoryError):
-        open_picture(image)
-
-
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP"])
-def test_truncated_anywhere(image, format):
-    data = encoded(image, format)
-    for part in (0.02, 0.3, 0.6, 0.9):
-        refused(data[: int(len(data) * part)])
-
-
-@pytest.mark.parametrize("format", ["PNG", "GIF", "BMP"])
-def test_damaged_bytes_never_escape_as_another_error(image, format):
-    data = bytearray(encoded(image.resize((40, 30)), format))
-    rng = np.random.default_rng(5)
-    for _ in range(150):
-        damaged = bytearray(data)
-        for at in rng.integers(0, min(len(data), 200), 4):
-            damaged[at] = rng.integers(256)
-        try:
-            array = open_picture(bytes(damaged))
-        except PictureError:
-            continue
-        assert array.ndim == 3  # some damage is harmless
+    for work in ("PIL.ImageFile.ImageFile.load", "PIL.Image.Image.crop"):
+        with monkeypatch.context() as patched:
+            patched.setattr(work, fail)
+            with pytest.raises(MemoryError):
+                open_picture(encoded(image))
 
 
 def test_no_pixels():

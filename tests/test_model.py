@@ -71,6 +71,21 @@ def test_a_picture_may_be_a_path_bytes_an_image_or_an_array(tmp_path: Path) -> N
             ask(path, " ")
 
 
+def test_a_wrong_mode_is_a_sentence() -> None:
+    model = DualFocus(FAKE)
+    session = model.session(PICTURES[0])
+    for ask in (
+        lambda: model.ask(PICTURES[0], QUESTION, "both"),  # type: ignore[arg-type]
+        lambda: model.stream(PICTURES[0], QUESTION, "both"),  # type: ignore[arg-type]
+        lambda: model.ask_many([(PICTURES[0], QUESTION)], "both"),  # type: ignore[arg-type]
+        lambda: session.ask(QUESTION, "both"),  # type: ignore[arg-type]
+        lambda: session.stream(QUESTION, "both"),  # type: ignore[arg-type]
+        lambda: Reference(FAKE).ask(PICTURES[0], QUESTION, "both"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError, match="unknown mode 'both': expected dual, macro, micro"):
+            ask()
+
+
 def test_many_threads_ask_one_model() -> None:
     model = DualFocus(FAKE, slots=6)
 

@@ -217,7 +217,11 @@ def export(
         bool, typer.Option("--resume", help="Go on with an export to BUNDLE that was interrupted.")
     ] = False,
 ) -> None:
-    """Export a checkpoint as a bundle."""
+    """Export a checkpoint as a bundle.
+
+    What no other file of a checkpoint says is read from dualfocus.json in its folder: prompts, coordinates,
+    box, select, max_new_tokens, fit.
+    """
     from dualfocus.export import ExportError, export_bundle, shapes
 
     with _errors():

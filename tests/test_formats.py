@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import formats
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -28,7 +29,7 @@ from typer.testing import CliRunner
 
 from dualfocus import cli
 from dualfocus.bench import layouts
-from dualfocus.export import ExportError, export_bundle
+from dualfocus.export import ExportError, config, export_bundle
 from dualfocus.export import checkpoint as checkpoints
 from dualfocus.export.weights import StoredWeights
 from dualfocus.runtime.manifest import Prompts
@@ -274,7 +275,8 @@ def test_tower_that_is_only_in_the_shards(
         {key: getattr(model.config.vision_config, key) for key in known},
     )
     sizes = {"crop_size": formats.SIZE, "size": formats.SIZE}
-    monkeypatch.setattr(checkpoints, "KNOWN_TOWER_PROCESSOR", checkpoints.KNOWN_TOWER_PROCESSOR | sizes)
+    processor = msgspec.structs.replace(checkpoints.KNOWN_TOWER_PROCESSOR, **sizes)
+    monkeypatch.setattr(checkpoints, "KNOWN_TOWER_PROCESSOR", processor)
     twin = formats.hugging_face(tmp_path / "twin", model)
     folder = formats.original(tmp_path / "checkpoint", model)
     check(Case({}, {}, "pad"), model, folder, twin, opened)
@@ -283,11 +285,11 @@ def test_tower_that_is_only_in_the_shards(
 def test_known_tower_is_clips() -> None:
     from transformers import CLIPVisionConfig
 
-    config = CLIPVisionConfig(**checkpoints.KNOWN_TOWER_CONFIG)
-    assert (config.hidden_act, config.layer_norm_eps, config.num_channels) == ("quick_gelu", 1e-5, 3)
+    clip = CLIPVisionConfig(**checkpoints.KNOWN_TOWER_CONFIG)
+    assert (clip.hidden_act, clip.layer_norm_eps, clip.num_channels) == ("quick_gelu", 1e-5, 3)
     published = formats.PUBLISHED_CLIP | {"crop_size": 336, "size": 336}
     del published["feature_extractor_type"]
-    assert published == checkpoints.KNOWN_TOWER_PROCESSOR
+    assert published == config.fields(checkpoints.KNOWN_TOWER_PROCESSOR)
 
 
 def test_given_tower_goes_before_the_one_inside(tmp_path: Path) -> None:
@@ -421,12 +423,12 @@ def test_missing_shard(tmp_path: Path, small: formats.Model, kind: layouts.Kind)
 @pytest.mark.parametrize(
     ("listed", "message"),
     [
-        ({"lm_head.weight": "{first}"}, "holds no lm_head.weight, which .*index.json says it does"),
+        ({"lm_head.weight": "{first}"}, "lacks 1 of the model's weights, the first lm_head.weight"),
         ({"lm_head.weight": "../x"}, "lists '../x', expected a file beside it"),
         ({"lm_head.weight": "/etc/passwd"}, "lists '/etc/passwd', expected a file beside it"),
-        ({"lm_head.weight": 3}, "lists no weights: expected a weight_map of names and files"),
-        (None, "lists no weights: expected a weight_map of names and files"),
-        ([], "lists no weights: expected a weight_map of names and files"),
+        ({"lm_head.weight": 3}, "index.json: weight_map.*: expected `str`, got `int`"),
+        (None, "index.json: weight_map: expected `object`, got `null`"),
+        ([], "index.json: weight_map: expected `object`, got `array`"),
         ({}, "lacks 1 of the model's weights, the first lm_head.weight"),
     ],
 )
@@ -448,7 +450,7 @@ def test_wrong_index(
 def test_index_that_is_none(tmp_path: Path, small: formats.Model) -> None:
     folder = formats.hugging_face(tmp_path / "checkpoint", small, **SHARDS)
     (folder / "model.safetensors.index.json").write_text("[]")
-    refused(folder, "holds a list, expected an object")
+    refused(folder, "index.json: expected `object`, got `array`")
 
 
 CHANGES: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
@@ -544,7 +546,7 @@ def test_code_in_a_file_is_not_run(
     mark = tmp_path / "mark"
     hostile = {"a": torch.zeros(1)} if save is not SAVERS["pickle"] else {}
     save(hostile | {"b": Payload(mark)}, folder / "pytorch_model.bin")
-    refused(folder, "pytorch_model.bin wants to run code when it is read, expected tensors alone")
+    refused(folder, "pytorch_model.bin holds pickled code, which is never run, expected tensors alone")
     assert not mark.exists()
     pickle.loads(pickle.dumps(Payload(mark)))
     assert mark.exists()  # as it would have been
@@ -564,12 +566,23 @@ def test_other_contents(tmp_path: Path, small: formats.Model, state: Any) -> Non
     [
         (
             {"architectures": ["LlavaMistralForCausalLM"]},
-            "holds the architecture LlavaMistralForCausalLM, exp",
+            "of another kind: its architecture is LlavaMistralForCausalLM, exp",
         ),
-        ({"architectures": None}, "holds the architecture none, expected LlavaForConditionalGeneration or"),
-        ({"architectures": "LlavaForConditionalGeneration"}, "holds the architecture none, expected Llava"),
+        (
+            {"architectures": None, "model_type": None},
+            "without architectures and model_type, expected LLaVA's",
+        ),
+        (
+            {"architectures": "LlavaForConditionalGeneration"},
+            "architectures: expected `array | null`, got `str`",
+        ),
         ({"text_config": {"model_type": "gemma"}}, "of type 'gemma', expected one of llama, mistral, qwen2"),
-        ({"text_config": {"model_type": "no such"}}, "config.json describes no model: 'no such'"),
+        (
+            {"text_config": {"model_type": "no such"}},
+            "of type 'no such', expected one of llama, mistral, qwen2",
+        ),
+        ({"vision_config": {"model_type": "no such"}}, "tower is of type 'no such', which transformers does"),
+        ({"vision_config": {"model_type": "dpt"}}, "is of type 'dpt', which is built of another model"),
         ({"vision_feature_layer": -30}, "the configuration selects no features of the tower: "),
         ({"vision_feature_select_strategy": "both"}, "config.json describes no model: "),
     ],
@@ -584,7 +597,7 @@ def test_sizes_that_make_no_model(tmp_path: Path, small: formats.Model) -> None:
     folder = formats.hugging_face(tmp_path / "checkpoint", small)
     text = read(folder / "config.json")["text_config"]
     edit(folder / "config.json", text_config=text | {"num_key_value_heads": 0})
-    refused(folder, "config.json describes no model: ")
+    refused(folder, "config.json: text_config.num_key_value_heads: expected `int` >= 1")
 
 
 def test_more_tokens_than_rows(tmp_path: Path, small: formats.Model) -> None:
@@ -610,10 +623,10 @@ def test_no_weights(tmp_path: Path, small: formats.Model) -> None:
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres', expected 'pad' or 'square'"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end is True, expected False"),
         ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type is 'spatial_unpad', expected 'flat'"),
-        ({"mm_vision_tower": None}, "mm_vision_tower is None, expected a str"),
-        ({"mm_vision_select_layer": "last"}, "mm_vision_select_layer is 'last', expected a int"),
+        ({"mm_vision_tower": None}, "config.json has no mm_vision_tower, expected LLaVA's"),
+        ({"mm_vision_select_layer": "last"}, "mm_vision_select_layer: expected `int . null`, got `str`"),
         ({"mm_hidden_size": 48}, "mm_hidden_size is 48, expected the vision tower's 32"),
-        ({"num_attention_heads": "four"}, "config.json describes no model: "),
+        ({"num_attention_heads": "four"}, "config.json: num_attention_heads: expected `int`, got `str`"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' changes with"),
         ({"hidden_act": "gelu"}, "the language model's activation is 'gelu', expected 'silu'"),
     ],

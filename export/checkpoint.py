@@ -2,8 +2,8 @@
 
 Two kinds of folder are read. Hugging Face's, `LlavaForConditionalGeneration`: any vision tower that AutoModel
 builds of plain numbers, a decoder of `decoder.KINDS`, names of tensors as transformers writes them before and
-since 4.52. And the original LLaVA's and DualFocus's, `LlavaLlamaForCausalLM`: their tower is in the shards, or
-in a folder or Hub repository of its own, which the configuration names. Both with safetensors or PyTorch's
+since 4.52. And the original LLaVA's and DualFocus's, `LlavaLlamaForCausalLM`: their tower is in the shards,
+or in a folder or Hub repository of its own, which the configuration names. Both with safetensors or PyTorch's
 ``.bin`` files. No library reads a folder's JSON files: `config` does, into types.
 
 A folder may have ``dualfocus.json``, in which a checkpoint declares what no other file says::

@@ -277,21 +277,61 @@ class StoredToken(AddedToken, kw_only=True):
     id: Annotated[int, Meta(ge=0, le=1 << 24)]
 
 
+class _Special(Struct):
+    id: Name
+
+
+class _Piece(Struct):
+    SpecialToken: _Special | None = None
+
+
+class _Ids(Struct):
+    ids: Annotated[list[Id], Meta(max_length=16)]
+
+
+class _Processor(Struct, tag_field="type"):
+    """What a tokenizer puts around a text: one of the `tokenizers` library's kinds, by its ``type``."""
+
+    def opening(self) -> int | None:
+        """The token that is put before a text."""
+        return None
+
+
+class _Template(_Processor, tag="TemplateProcessing"):
+    single: Annotated[list[_Piece], Meta(max_length=16)]
+    special_tokens: Annotated[dict[Name, _Ids], Meta(max_length=100)]
+
+    def opening(self) -> int | None:
+        special = self.single[0].SpecialToken if self.single else None
+        found = self.special_tokens.get(special.id) if special else None
+        return found.ids[0] if found and found.ids else None
+
+
+class _Bert(_Processor, tag="BertProcessing"):
+    cls: tuple[Name, Id]
+
+    def opening(self) -> int | None:
+        return self.cls[1]
+
+
+class _Roberta(_Bert, tag="RobertaProcessing"): ...
+
+
+class _ByteLevel(_Processor, tag="ByteLevel"): ...
+
+
+class _Processors(_Processor, tag="Sequence"):
+    processors: Annotated[list[_Template | _Bert | _Roberta | _ByteLevel], Meta(max_length=16)]
+
+    def opening(self) -> int | None:
+        return next((found for of in self.processors if (found := of.opening()) is not None), None)
+
+
 class TokenizerJson(Struct):
-    """``tokenizer.json`` of the `tokenizers` library, without its padding and truncation."""
+    """Of ``tokenizer.json``, what the other files of a tokenizer are completed with."""
 
-    model: msgspec.Raw
-    added_tokens: Annotated[list[StoredToken], Meta(max_length=1 << 18)] = []
-    normalizer: dict[str, Any] | None = None
-    pre_tokenizer: dict[str, Any] | None = None
-    post_processor: dict[str, Any] | None = None
-    decoder: dict[str, Any] | None = None
-
-    def encode(self) -> bytes:
-        """The file."""
-        tokens = [{"normalized": not token.special} | fields(token) for token in self.added_tokens]
-        raw = {name: getattr(self, name) for name in self.__struct_fields__} | {"added_tokens": tokens}
-        return msgspec.json.encode({"version": "1.0", "truncation": None, "padding": None} | raw)
+    added_tokens: Annotated[list[StoredToken], Meta(max_length=100_000)] = []
+    post_processor: _Template | _Bert | _Roberta | _ByteLevel | _Processors | None = None
 
 
 AddedTokensFile = dict[Annotated[str, Meta(min_length=1, max_length=1000)], Id]
@@ -308,7 +348,7 @@ def shards(index: Path) -> dict[str, str]:
     listed = read(index, Index, limit=INDEX_LIMIT).weight_map
     for file in set(listed.values()):
         if Path(file).name != file or not file.isprintable():
-            raise ExportError(f"{index} lists {file!r}, expected a file beside it")
+            raise ExportError(f"{index} lists {file!r:.200}, expected a file beside it")
     return listed
 
 

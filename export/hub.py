@@ -105,7 +105,10 @@ def _download(
         small = [*SMALL, weights] if sharded else SMALL
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=small))
         if check is not None:
-            check(folder)
+            try:
+                check(folder)
+            except ExportError as error:
+                raise ExportError(str(error).replace(str(folder), source)) from None
         large = _shards(folder / weights) if sharded else [weights]
         snapshot_download(source, revision=folder.name, allow_patterns=large)
     except (OSError, RuntimeError) as error:  # RuntimeError: hf_xet's

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from msgspec import UNSET
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
@@ -28,8 +27,10 @@ from dualfocus.export import config
 from dualfocus.export.config import SpecialTokens, TokenizerFile, TokenizerJson, TokenText
 from dualfocus.export.errors import ExportError, foreign
 from dualfocus.runtime import files
+from dualfocus.runtime.tokenizer import parse
 
 MODEL_LIMIT = 64 << 20  # bytes of tokenizer.model; the largest have 5 million
+ROWS = 1 << 24  # of any model's table of tokens, at most
 _Loaded = tuple[Tokenizer, int | None, int | None]
 
 # Whatever SentencePiece may be set to change shows here: spaces, forms of a character, unknown ones, digits.
@@ -56,7 +57,7 @@ def load(folder: Path) -> _Loaded:
             return _load_slow(model, arguments)
         if stored is None:
             raise ExportError(f"the tokenizer of {folder} is a {name}, expected LlamaTokenizer or a fast one")
-        return _load_fast(stored, name, arguments)
+        return _load_fast(fast, stored, name, arguments)
 
 
 def _load_slow(path: Path, arguments: dict[str, Any]) -> _Loaded:
@@ -65,10 +66,10 @@ def _load_slow(path: Path, arguments: dict[str, Any]) -> _Loaded:
         slow = LlamaTokenizer(vocab_file=str(path), **arguments)
     except (RuntimeError, DecodeError):
         raise ExportError(f"{path} cannot be read: it is no SentencePiece model") from None
-    return _bare(_convert(slow)), _opening(slow), slow.eos_token_id
+    return _as_opened(_convert(slow), path), _opening(slow), slow.eos_token_id
 
 
-def _load_fast(stored: TokenizerJson, name: str, arguments: dict[str, Any]) -> _Loaded:
+def _load_fast(path: Path, stored: TokenizerJson, name: str, arguments: dict[str, Any]) -> _Loaded:
     if name in ("PreTrainedTokenizer", "TokenizersBackend"):  # the latter since transformers 5
         kind = PreTrainedTokenizerFast
     else:
@@ -77,10 +78,16 @@ def _load_fast(stored: TokenizerJson, name: str, arguments: dict[str, Any]) -> _
         raise ExportError(
             f"tokenizer_config.json names the class {name!r:.80}, expected a tokenizer of transformers"
         )
-    loaded = kind(tokenizer_object=Tokenizer.from_buffer(stored.encode()), **arguments)
+    text = files.read_bytes(path, ExportError, limit=config.INDEX_LIMIT)
+    loaded = kind(tokenizer_object=parse(text, ROWS, ExportError, str(path)), **arguments)
     backend: Tokenizer = loaded.backend_tokenizer
     _add(backend, loaded.added_tokens_decoder)
-    return _bare(backend), _opening(loaded), loaded.eos_token_id
+    bos = loaded.bos_token_id
+    if hasattr(loaded, "add_bos_token"):  # the class decides, and not the file
+        bos = _opening(loaded)
+    elif stored.post_processor is None or stored.post_processor.opening() != bos:
+        bos = None
+    return _as_opened(backend, path), bos, loaded.eos_token_id
 
 
 def _opening(loaded: Any) -> int | None:
@@ -89,11 +96,9 @@ def _opening(loaded: Any) -> int | None:
     return bos if bos is not None and loaded("a").input_ids[:1] == [bos] else None
 
 
-def _bare(backend: Tokenizer) -> Tokenizer:
-    """A tokenizer of text alone: without what pads, truncates or puts tokens around a text."""
-    stored = msgspec.json.decode(backend.to_str(), type=TokenizerJson)
-    stored.post_processor = None
-    return Tokenizer.from_buffer(stored.encode())
+def _as_opened(backend: Tokenizer, path: Path) -> Tokenizer:
+    """The tokenizer of text alone that a bundle opens, made of the file `path`."""
+    return parse(backend.to_str().encode(), ROWS, ExportError, str(path))
 
 
 def _arguments(folder: Path, settings: TokenizerFile, stored: TokenizerJson | None) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def _is_bundle(folder: Path) -> bool:
 
 def _check_room(folder: Path, needed: int) -> None:
     """Raise ExportError if the disk has no room; what an earlier attempt left in `folder` makes some."""
-    left = sum(path.stat().st_size for path in folder.rglob("*")) if folder.is_dir() else 0
+    left = sum(path.lstat().st_size for path in folder.rglob("*")) if folder.is_dir() else 0
     free = shutil.disk_usage(folder.parent).free
     if free + left < needed:
         raise ExportError(f"{folder.parent} has room for {_size(free)}, this export takes {_size(needed)}")

@@ -49,7 +49,7 @@ from dualfocus import __version__
 from dualfocus.export import config as files
 from dualfocus.export import decoder, hub, source
 from dualfocus.export.config import ImageProcessor, lengths
-from dualfocus.export.errors import ExportError, foreign, quiet
+from dualfocus.export.errors import ExportError, foreign, printable, quiet
 from dualfocus.export.tokenizer import load as load_tokenizer
 from dualfocus.export.weights import FLOATS, Renames, StoredWeights, Weights, places
 from dualfocus.runtime.errors import BundleError
@@ -421,7 +421,7 @@ def describe(
     known = {"name", "prompts", "box", "fit", "coordinates", *DEFAULTS}
     if unknown := sorted(declared.keys() - known):
         raise ExportError(
-            f"dualfocus.json: unknown key {unknown[0]!r}, expected one of {', '.join(sorted(known))}"
+            f"dualfocus.json: unknown key {unknown[0]!r:.60}, expected one of {', '.join(sorted(known))}"
         )
     image = _image(checkpoint)
     image |= {"fit": declared.get("fit", image["fit"])}
@@ -464,7 +464,7 @@ def describe(
     try:
         manifest = Manifest.from_dict(raw)
     except BundleError as error:  # every other field was made above, so dualfocus.json is what is wrong
-        raise ExportError(str(error).replace("manifest.json", "dualfocus.json", 1)) from None
+        raise ExportError(printable(str(error)).replace("manifest.json", "dualfocus.json", 1)) from None
     return _with_end_of_reply(manifest, checkpoint)
 
 

@@ -16,7 +16,11 @@ class ExportError(InputError):
 
 def first_line(error: BaseException) -> str:
     """What `error` says, as a part of one sentence."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0])
+
+
+def printable(text: str) -> str:
+    """What is shown of a text that others wrote: one line, and not too long a one."""
     return "".join(character if character.isprintable() else " " for character in text)[:300]
 
 

@@ -79,7 +79,13 @@ def _load_fast(path: Path, stored: TokenizerJson, name: str, arguments: dict[str
             f"tokenizer_config.json names the class {name!r:.80}, expected a tokenizer of transformers"
         )
     text = files.read_bytes(path, ExportError, limit=config.INDEX_LIMIT)
-    loaded = kind(tokenizer_object=parse(text, ROWS, ExportError, str(path)), **arguments)
+    opened = parse(text, ROWS, ExportError, str(path))
+    known = set(opened.get_vocab().values())
+    highest = max(opened.get_vocab(with_added_tokens=False).values(), default=-1)
+    # the library prints a warning whenever it copies or saves one with a gap
+    if (missing := next((of for of in range(highest) if of not in known), None)) is not None:
+        raise ExportError(f"{path} has no token of id {missing}, expected ids without gaps up to {highest}")
+    loaded = kind(tokenizer_object=opened, **arguments)
     backend: Tokenizer = loaded.backend_tokenizer
     _add(backend, loaded.added_tokens_decoder)
     bos = loaded.bos_token_id

@@ -124,10 +124,9 @@ class _Bpe(msgspec.Struct):
     """The model, without ``vocab`` and ``merges``, which the library checks itself."""
 
     type: Literal["BPE"]
-    # Answers would differ from time to time, and pieces be cut within a character.
-    dropout: None = None
-    continuing_subword_prefix: None = None
-    end_of_word_suffix: None = None
+    dropout: None = None  # answers would differ from time to time
+    continuing_subword_prefix: Literal[""] | None = None  # pieces would be cut within a character
+    end_of_word_suffix: Literal[""] | None = None
     unk_token: Annotated[str, Meta(min_length=1, max_length=100)] | None = None
     fuse_unk: bool = False
     byte_fallback: bool = False

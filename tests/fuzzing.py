@@ -3,7 +3,8 @@
 A target is a function `target(random, folder)` of a module in this folder: it writes one mutated input into
 the empty `folder` and gives it to the program. It may return, or raise InputError with one sentence. `fuzz`
 reports everything else: another exception, an end by a signal, a hang, output on stdout or stderr, a file
-written outside `folder`, a program that was started or a connection that was opened.
+written outside `folder`, a program that was started or a connection that was opened. If the module has a
+function `prepare`, each process calls it once before, in a folder of its own.
 
 A finding names its seed. To see it again: ``python tests/fuzzing.py test_fuzz_bundles:manifest 123``.
 """
@@ -192,22 +193,29 @@ def mutate_protobuf(data: bytes, random: Random) -> bytes:
             case 3:
                 del inside[at]
             case 4:
-                inside[at:at] = [copy.deepcopy(field)] * random.choice((1, 1, 50))
+                inside[at:at] = [_copied(field) for _ in range(random.choice((1, 1, 50)))]
             case 5:
                 field.number = random.choice((1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 14, 15, 20, 25, 100, 2**28))
             case 6:
                 other, place = random.choice(every)
-                inside[at] = copy.deepcopy(other[place])
+                inside[at] = _copied(other[place])
             case 7:
                 other, place = random.choice(every)
-                inside.insert(at, copy.deepcopy(other[place]))
+                inside.insert(at, _copied(other[place]))
             case 8:
                 other, place = random.choice(every)
-                inside[at], other[place] = copy.deepcopy(other[place]), copy.deepcopy(field)
+                inside[at], other[place] = _copied(other[place]), _copied(field)
             case _:
-                for _ in range(random.choice((3, 200))):
+                for _ in range(random.choice((3, 100))):
                     field.value, field.wire = [copy.copy(field)], 2
     return write_protobuf(message)
+
+
+def _copied(field: Field) -> Field:
+    inside = field.value
+    return Field(
+        field.number, field.wire, [_copied(of) for of in inside] if isinstance(inside, list) else inside
+    )
 
 
 def _mutate_field(field: Field, random: Random) -> None:
@@ -471,8 +479,11 @@ class _Watch:
             return
         if event in FORBIDDEN:
             self.seen.append(("forbidden", f"{event} {args!r:.300}"))
+        elif event.startswith("os.") and event != "os.truncate" and args[-1] != -1:
+            pass  # relative to an open folder, as `shutil.rmtree` works, which has an event of its own
         elif (event == "open" and self._writes(args)) or event in WRITES:
-            for path in args[:2] if event == "os.rename" else args[:1]:
+            changed = {"os.rename": args[:2], "os.link": args[1:2], "os.symlink": args[1:2]}
+            for path in changed.get(event, args[:1]):
                 if isinstance(path, str | bytes | os.PathLike) and not self._allowed(os.fsdecode(path)):
                     self.seen.append(("written outside", f"{event} {path!r}"))
 
@@ -522,19 +533,20 @@ def _try(function: Target, name: str, seed: int, root: Path, watch: _Watch) -> t
     return problem
 
 
-def _serve(name: str, function: Target, answers: int) -> None:
+def _serve(name: str, function: Target, prepare: Callable[[], object], answers: int) -> None:
     """Try the seeds that standard input names, and write what went wrong to the descriptor `answers`."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     faulthandler.enable()
     os.set_inheritable(answers, False)
-    os.write(answers, b"ready\n")
     root = Path.cwd() / "cases"
     shutil.rmtree(root, ignore_errors=True)  # of a process that was ended
+    prepare()
     watch = _Watch()
     home = root / "home"
     os.environ |= {"HOME": str(home), "TMPDIR": str(home), "XDG_CACHE_HOME": str(home / ".cache")}
     tempfile.tempdir = None
+    os.write(answers, b"ready\n")
     while line := sys.stdin.readline():
         found = _try(function, name, int(line), root, watch)
         os.write(answers, json.dumps(found).encode() + b"\n")
@@ -543,11 +555,15 @@ def _serve(name: str, function: Target, answers: int) -> None:
 def _main() -> NoReturn:
     name, *rest = sys.argv[1:]
     module, _, function = name.partition(":")
-    target = getattr(importlib.import_module(module), function)
+    tests = importlib.import_module(module)
+    target, prepare = getattr(tests, function), getattr(tests, "prepare", lambda: None)
     if rest[0] == "--answer-to":
-        _serve(name, target, int(rest[1]))
+        _serve(name, target, prepare, int(rest[1]))
     else:
-        folder = Path(tempfile.mkdtemp(prefix="case"))
+        os.chdir(tempfile.mkdtemp(prefix="fuzzing"))
+        prepare()
+        folder = Path("case").absolute()
+        folder.mkdir()
         print(folder, flush=True)
         target(Random(f"{name} {int(rest[0])}"), folder)
     sys.exit(0)

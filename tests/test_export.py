@@ -545,6 +545,7 @@ def test_a_tokenizer_is_exported_bare(broken: Path, tmp_path: Path) -> None:
         {"added_tokens": [{"id": 10**12, "content": "a"}]},
         {"model": {"type": "BPE", "vocab": [], "merges": 3}},
         {"model": 3},
+        {"model": {"type": "BPE", "vocab": {"<pad>": 0, "a": 1, "b": 9000}, "merges": []}},
     ],
 )
 def test_a_harmful_tokenizer_is_refused(broken: Path, tmp_path: Path, changes: dict[str, Any]) -> None:

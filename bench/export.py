@@ -24,6 +24,7 @@ from torch import Tensor
 from dualfocus.bench import fresh, harness, layouts
 from dualfocus.bench.crop import photograph
 from dualfocus.bench.harness import Watch
+from dualfocus.export import config as files
 from dualfocus.export import random_weights
 from dualfocus.export.shapes import Shape
 from dualfocus.runtime.bundle import read_manifest
@@ -110,7 +111,7 @@ def write_checkpoint(shape: Shape, layout: Layout, folder: Path, watch: Watch) -
     loaded.tokenizer.save(str(folder / "tokenizer.json"))
     said = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(said))
-    (folder / "preprocessor_config.json").write_text(json.dumps(loaded.preprocessor))
+    (folder / "preprocessor_config.json").write_text(json.dumps(files.fields(loaded.preprocessor)))
     raw = config.to_dict() | {"architectures": ["LlavaForConditionalGeneration"]}
     if layout == "original":
         raw = config.text_config.to_dict() | {

@@ -27,6 +27,7 @@ from dualfocus.export.quantize import EXACT, Part, decoder_form, product
 from dualfocus.runtime.manifest import ON_DEVICE, STANDARD, CacheType, DecoderSpec, Precision, Target
 
 KINDS = ("llama", "mistral", "qwen2")  # whose layers are the one that is written here
+ROPES = ("default", "linear", "llama3", "yarn")  # whose angles are one table
 INPUTS = "inputs_embeds"
 
 
@@ -87,8 +88,10 @@ def describe(
     if config.hidden_act != "silu":
         raise ExportError(f"the language model's activation is {config.hidden_act!r}, expected 'silu'")
     rope = (getattr(config, "rope_scaling", None) or {}).get("rope_type", "default")  # Mistral's has none
-    if rope in ("dynamic", "longrope"):
+    if rope in ("dynamic", "longrope", "su"):
         raise ExportError(f"rope type {rope!r} changes with the sequence's length, which a table cannot hold")
+    if rope not in ROPES:
+        raise ExportError(f"rope type {rope!r} is unknown, expected one of {', '.join(ROPES)}")
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if head_size % 16:
         raise ExportError(

@@ -7,12 +7,14 @@ everything; only such a one is taken from the cache when the Hub cannot be reach
 
 from __future__ import annotations
 
-import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from dualfocus.export import config
 from dualfocus.export.errors import ExportError
+from dualfocus.export.source import WEIGHTS, is_id, kind_of_files
 
 SMALL = [
     "config.json",
@@ -30,37 +32,30 @@ SMALL = [
     "chat_template.jinja",
     "chat_template.json",
 ]
-# The first that a checkpoint has holds its weights, or names the files that do: transformers' order.
-WEIGHTS = [
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-]
 ANSWER_WITHIN = 10.0  # seconds; a Hub that takes longer counts as out of reach
 
 
-def fetch(source: str, revision: str | None = None) -> tuple[Path, str | None]:
+def fetch(
+    source: str, revision: str | None = None, check: Callable[[Path], object] | None = None
+) -> tuple[Path, str | None]:
     """The checkpoint's folder, and the hash of the Hub's commit that it holds: None for a path.
 
     `source` is a path, or a model's id on the Hub, such as "llava-hf/llava-1.5-7b-hf"; `revision` a branch,
-    tag or commit there, by default "main". A bar shows the download on a terminal. Raises ExportError:
-    `source` is neither, may not be read, has no such revision or no weights, or cannot be had whole.
+    tag or commit there, by default "main". A bar shows the download on a terminal. `check` gets the folder
+    before its weights come, and may raise. Raises ExportError: `source` is neither, may not be read, has no
+    such revision or no weights, or cannot be had whole.
     """
     if os.path.exists(source):  # unlike Path.exists, it raises nothing
         if revision is not None:
             raise ExportError(f"{source} is a path, which has no revision {revision!r}, expected an id")
         return Path(source), None
+    if not is_id(source):
+        raise ExportError(f"no such folder: {source:.200}, expected a checkpoint's folder or its id")
     try:
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils import disable_progress_bars, logging, validate_repo_id
+        from huggingface_hub.utils import disable_progress_bars, logging
     except ModuleNotFoundError as error:
         raise ExportError(f"export needs {error.name}: pip install 'dualfocus[export,cpu]'") from error
-    try:
-        validate_repo_id(source)
-    except HFValidationError:
-        raise ExportError(f"no such folder: {source}, expected a checkpoint's folder or its id") from None
     logging.set_verbosity_error()  # what went wrong is said once, by an ExportError
     if sys.stderr is None or not sys.stderr.isatty():
         disable_progress_bars()
@@ -71,7 +66,8 @@ def fetch(source: str, revision: str | None = None) -> tuple[Path, str | None]:
             raise ExportError(refusal) from error
         folder = _cached(source, revision, _reason(error))
     else:
-        folder = _download(source, revision, {file.rfilename for file in found.siblings or ()})
+        files = {file.rfilename for file in found.siblings or ()}
+        folder = _download(source, revision, files, check)
     return folder, folder.name
 
 
@@ -92,11 +88,15 @@ def _cached(source: str, revision: str | None, reason: str) -> Path:
     return folder
 
 
-def _download(source: str, revision: str | None, files: set[str]) -> Path:
+def _download(
+    source: str, revision: str | None, files: set[str], check: Callable[[Path], object] | None
+) -> Path:
     """The snapshot of a repository of these `files`; what the cache has of it is not asked for again."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    if problem := kind_of_files(files):
+        raise ExportError(f"{source} on the Hub {problem}")
     weights = next((name for name in WEIGHTS if name in files), None)
     if weights is None or "config.json" not in files:
         raise ExportError(f"{source} on the Hub has no config.json or none of {', '.join(WEIGHTS)}")
@@ -104,6 +104,11 @@ def _download(source: str, revision: str | None, files: set[str]) -> Path:
     try:
         small = [*SMALL, weights] if sharded else SMALL
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=small))
+        if check is not None:
+            try:
+                check(folder)
+            except ExportError as error:
+                raise ExportError(str(error).replace(str(folder), source)) from None
         large = _shards(folder / weights) if sharded else [weights]
         snapshot_download(source, revision=folder.name, allow_patterns=large)
     except (OSError, RuntimeError) as error:  # RuntimeError: hf_xet's
@@ -133,11 +138,7 @@ def _missing(folder: Path) -> str | None:
 
 def _shards(index: Path) -> list[str]:
     """The files that an index of weights names."""
-    try:
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise ExportError(f"{index} is no index of weights, expected a weight_map of file names") from None
-    return sorted({str(file) for file in files})
+    return sorted(set(config.shards(index).values()))
 
 
 def _refusal(source: str, revision: str | None, error: Exception) -> str | None:

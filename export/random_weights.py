@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from dualfocus.export.checkpoint import EMBEDDINGS, HEAD, Checkpoint
+from dualfocus.export.config import ImageProcessor
 from dualfocus.export.shapes import Shape
 from dualfocus.runtime.manifest import TokenSpec
 from dualfocus.runtime.turns import DUALFOCUS
@@ -72,7 +74,7 @@ def random_checkpoint(shape: Shape, seed: int = 0) -> Checkpoint:
         weights=DrawnWeights(config, seed, named=tokenizer.get_vocab_size()),
         tokenizer=tokenizer,
         tokens=TokenSpec(BOS, (EOS,)),
-        preprocessor=make_preprocessor(shape),
+        preprocessor=msgspec.convert(make_preprocessor(shape), ImageProcessor),
         declared={"name": shape.name},
         architecture="LlavaForConditionalGeneration",
     )
@@ -174,6 +176,7 @@ def make_preprocessor(shape: Shape) -> dict[str, Any]:
     processor: dict[str, Any] = CLIPImageProcessor(
         size={"shortest_edge": shape.image}, crop_size={"height": shape.image, "width": shape.image}
     ).to_dict()
+    processor["resample"] = int(processor["resample"])
     return processor if shape.crop else processor | {"do_pad": True}
 
 

@@ -108,7 +108,7 @@ class Export:
                 )
             return
         for path in self._folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         if self._is_exact:  # else it stays 0, so that what two exports tell of rounding can be compared
             self._seed = int.from_bytes(os.urandom(4))
         note.write_text(json.dumps(told | {"seed": self._seed}), encoding="utf-8")

@@ -9,71 +9,151 @@ A folder with ``tokenizer.json`` alone is what the fast class makes of it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from msgspec import UNSET
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import convert_slow_tokenizer
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 # by its full name, which needs sentencepiece when it is imported and not only when it is used
 from transformers.models.llama.tokenization_llama import LlamaTokenizer
 
-from dualfocus.export.errors import ExportError, first_line
+from dualfocus.export import config
+from dualfocus.export.config import SpecialTokens, TokenizerFile, TokenizerJson, TokenText
+from dualfocus.export.errors import ExportError, foreign
+from dualfocus.runtime import files
+from dualfocus.runtime.tokenizer import parse
+
+MODEL_LIMIT = 64 << 20  # bytes of tokenizer.model; the largest have 5 million
+ROWS = 1 << 24  # of any model's table of tokens, at most
+_Loaded = tuple[Tokenizer, int | None, int | None]
 
 # Whatever SentencePiece may be set to change shows here: spaces, forms of a character, unknown ones, digits.
 PROBE = "  A  chat, {token} USER:{token}\n\tﬁ e\u0301 中 [0.12, 0.34] "
 
 
-def load(folder: Path) -> tuple[Tokenizer, int | None, int | None]:
+def load(folder: Path) -> _Loaded:
     """The tokenizer, the token it opens every text with, and the one it calls the end.
 
-    Raises ExportError where there is none, or one that is damaged or cannot be converted.
+    It encodes text alone: it neither pads nor truncates nor puts tokens around a text. Raises ExportError
+    where there is none, or one that is damaged or cannot be converted.
     """
-    sentencepiece = (folder / "tokenizer.model").exists()
-    if not sentencepiece and not (folder / "tokenizer.json").exists():
+    model, fast = (folder / name for name in ("tokenizer.model", "tokenizer.json"))
+    if not model.exists() and not fast.exists():
         raise ExportError(f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model")
+    settings = TokenizerFile()
+    if (folder / "tokenizer_config.json").exists():
+        settings = config.read(folder / "tokenizer_config.json", TokenizerFile)
+    name = (settings.tokenizer_class or "LlamaTokenizer").removesuffix("Fast")
+    stored = config.read(fast, TokenizerJson, limit=config.INDEX_LIMIT) if fast.exists() else None
+    arguments = _arguments(folder, settings, stored)
+    with foreign(f"the tokenizer of {folder} cannot be loaded"):
+        if model.exists() and name == "LlamaTokenizer":
+            return _load_slow(model, arguments)
+        if stored is None:
+            raise ExportError(f"the tokenizer of {folder} is a {name}, expected LlamaTokenizer or a fast one")
+        return _load_fast(fast, stored, name, arguments)
+
+
+def _load_slow(path: Path, arguments: dict[str, Any]) -> _Loaded:
+    files.read_bytes(path, ExportError, limit=MODEL_LIMIT)  # the library opens it by its name
     try:
-        loaded = AutoTokenizer.from_pretrained(
-            folder, use_fast=not sentencepiece, local_files_only=True, **_class_of(folder)
-        )
-    except Exception as error:  # anything a broken or foreign file makes the library raise
-        raise ExportError(f"the tokenizer of {folder} cannot be loaded: {first_line(error)}") from error
-    if loaded is False:  # the library's word for it
-        raise ExportError(f"{folder / 'tokenizer.model'} cannot be read: it is no SentencePiece model")
-    if loaded.is_fast:
-        backend: Tokenizer = loaded.backend_tokenizer
-        _add(backend, loaded.added_tokens_decoder)
-        backend.no_padding()
-        backend.no_truncation()
-    elif isinstance(loaded, LlamaTokenizer):
-        backend = _convert(loaded)
+        slow = LlamaTokenizer(vocab_file=str(path), **arguments)
+    except (RuntimeError, DecodeError):
+        raise ExportError(f"{path} cannot be read: it is no SentencePiece model") from None
+    return _as_opened(_convert(slow), path), _opening(slow), slow.eos_token_id
+
+
+def _load_fast(path: Path, stored: TokenizerJson, name: str, arguments: dict[str, Any]) -> _Loaded:
+    if name in ("PreTrainedTokenizer", "TokenizersBackend"):  # the latter since transformers 5
+        kind = PreTrainedTokenizerFast
     else:
+        kind = tokenizer_class_from_name(f"{name}Fast")
+    if not isinstance(kind, type) or not issubclass(kind, PreTrainedTokenizerFast):
         raise ExportError(
-            f"the tokenizer of {folder} is a {type(loaded).__name__}, expected LlamaTokenizer or a fast one"
+            f"tokenizer_config.json names the class {name!r:.80}, expected a tokenizer of transformers"
         )
-    bos = loaded.bos_token_id if loaded("a").input_ids[:1] == [loaded.bos_token_id] else None
-    if bos is not None and not loaded.is_fast:
-        backend.post_processor = processors.TemplateProcessing(
-            single=[loaded.bos_token, "$A"], special_tokens=[(loaded.bos_token, bos)]
-        )
-    return backend, bos, loaded.eos_token_id
+    text = files.read_bytes(path, ExportError, limit=config.INDEX_LIMIT)
+    opened = parse(text, ROWS, ExportError, str(path))
+    known = set(opened.get_vocab().values())
+    highest = max(opened.get_vocab(with_added_tokens=False).values(), default=-1)
+    # the library prints a warning whenever it copies or saves one with a gap
+    if (missing := next((of for of in range(highest) if of not in known), None)) is not None:
+        raise ExportError(f"{path} has no token of id {missing}, expected ids without gaps up to {highest}")
+    loaded = kind(tokenizer_object=opened, **arguments)
+    backend: Tokenizer = loaded.backend_tokenizer
+    _add(backend, loaded.added_tokens_decoder)
+    bos = loaded.bos_token_id
+    if hasattr(loaded, "add_bos_token"):  # the class decides, and not the file
+        bos = _opening(loaded)
+    elif stored.post_processor is None or stored.post_processor.opening() != bos:
+        bos = None
+    return _as_opened(backend, path), bos, loaded.eos_token_id
 
 
-def _class_of(folder: Path) -> dict[str, str]:
-    """What AutoTokenizer is to be told: the original LLaVA's model types are unknown to transformers."""
+def _opening(loaded: Any) -> int | None:
+    """The token that is put before every text."""
+    bos: int | None = loaded.bos_token_id
+    return bos if bos is not None and loaded("a").input_ids[:1] == [bos] else None
 
-    def read(name: str) -> dict[str, Any]:
-        path = folder / name
-        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return raw
 
-    if "tokenizer_class" in read("tokenizer_config.json"):
-        return {}
-    original = "LlavaLlamaForCausalLM" in (read("config.json").get("architectures") or ())
-    return {"tokenizer_type": "llama"} if original else {}
+def _as_opened(backend: Tokenizer, path: Path) -> Tokenizer:
+    """The tokenizer of text alone that a bundle opens, made of the file `path`."""
+    return parse(backend.to_str().encode(), ROWS, ExportError, str(path))
+
+
+def _arguments(folder: Path, settings: TokenizerFile, stored: TokenizerJson | None) -> dict[str, Any]:
+    """Of transformers' classes, put together of the files as its `from_pretrained` does."""
+    given = {name: getattr(settings, name) for name in SpecialTokens.__struct_fields__}
+    more = settings.extra_special_tokens or ()
+    added: dict[int, AddedToken] = {}
+    if settings.added_tokens_decoder is not UNSET:
+        added = {number: _token(token) for number, token in settings.added_tokens_decoder.items()}
+    else:  # as before 2023's end
+        if (folder / "special_tokens_map.json").exists():
+            special = config.read(folder / "special_tokens_map.json", SpecialTokens)
+            first = [*(given["additional_special_tokens"] or ())]
+            given |= {name: value for name in given if (value := getattr(special, name)) is not UNSET}
+            for token in given.values():
+                if isinstance(token, config.AddedToken):
+                    token.special = True
+            given["additional_special_tokens"] = [*first, *(special.additional_special_tokens or ())]
+        names = {_text(token) for name, token in given.items() if not isinstance(token, list)}
+        names |= {_text(token) for token in given["additional_special_tokens"] or ()}
+        if (folder / "added_tokens.json").exists():
+            for content, number in config.read(folder / "added_tokens.json", config.AddedTokensFile).items():
+                special_ = content in names
+                added[number] = AddedToken(content, normalized=not special_, special=special_)
+        for token in stored.added_tokens if stored else ():
+            added[token.id] = _token(token)
+    by_text = {token.content: token for token in added.values()}
+
+    def found(token: TokenText) -> str | AddedToken | None:
+        text = _text(token)
+        return by_text.get(text) or (_token(token) if isinstance(token, config.AddedToken) else text)
+
+    extra = more.values() if isinstance(more, dict) else more
+    tokens = {_text(token): token for token in [*(given.pop("additional_special_tokens") or ()), *extra]}
+    arguments: dict[str, Any] = {name: found(token) for name, token in given.items() if token is not UNSET}
+    arguments["additional_special_tokens"] = [found(token) for text, token in tokens.items() if text]
+    for name in ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy"):
+        if (value := getattr(settings, name)) is not UNSET:
+            arguments[name] = value
+    return arguments | {"added_tokens_decoder": added}
+
+
+def _text(token: TokenText) -> str | None:
+    return token.content if isinstance(token, config.AddedToken) else token
+
+
+def _token(token: config.AddedToken) -> AddedToken:
+    raw = {name: value for name, value in config.fields(token).items() if name != "id"}
+    return AddedToken(**raw)
 
 
 def _add(backend: Tokenizer, tokens: Mapping[int, AddedToken]) -> None:
@@ -94,10 +174,8 @@ def _convert(slow: LlamaTokenizer) -> Tokenizer:
         prepend = "always"
     else:
         prepend = "first" if slow.tokenize("a")[0].startswith("▁") else "never"
-    try:
+    with foreign("tokenizer.model cannot be converted"):
         backend: Tokenizer = convert_slow_tokenizer(slow)
-    except Exception as error:  # the library raises bare Exception
-        raise ExportError(f"tokenizer.model cannot be converted: {first_line(error)}") from error
     _add(backend, slow.added_tokens_decoder)
     # Metaspace spares a text that begins with its own sign. So spaces become "▁" before one is put in front.
     backend.normalizer = normalizers.Replace(" ", "▁")

@@ -7,7 +7,6 @@ refused.
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from collections import ChainMap, Counter
@@ -20,8 +19,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dualfocus.export.errors import ExportError, first_line
-from dualfocus.export.hub import WEIGHTS
+from dualfocus.export import config
+from dualfocus.export.errors import ExportError, foreign
+from dualfocus.export.source import WEIGHTS
 
 _TORCH = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 FLOATS = tuple(_TORCH.values())  # that are read, as safetensors calls them
@@ -66,10 +66,10 @@ class StoredWeights:
     def read(self, name: str) -> Tensor:
         place = self._places[name]
         self.reads[name] += 1
-        try:
+        with foreign(
+            f"{place.file}: {place.key} cannot be read"
+        ):  # a file that ends early, or a disk that does
             tensor = place.read()
-        except Exception as error:  # a file that ends early, or a disk that does
-            raise ExportError(f"{place.file}: {place.key} cannot be read: {first_line(error)}") from error
         return tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
@@ -112,20 +112,15 @@ def _open(folder: Path) -> Iterator[Place]:
 
 
 def _open_shards(folder: Path, index: Path) -> Iterator[Place]:
-    listed = read_json(index, "").get("weight_map")
-    if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
-        raise ExportError(f"{index} lists no weights: expected a weight_map of names and files")
-    opened: dict[str, Any] = {}
-    for key, file in listed.items():
-        if Path(file).name != file:
-            raise ExportError(f"{index} lists {file!r}, expected a file beside it")
-        if file not in opened:
-            if not (folder / file).is_file():
-                raise ExportError(f"{folder} lacks {file}, which its index lists")
-            opened[file] = _open_file(folder / file)
-        if key not in opened[file].keys():  # noqa: SIM118  safetensors' handle has no `in`
-            raise ExportError(f"{folder / file} holds no {key}, which {index.name} says it does")
-        yield Place(folder / file, key, opened[file])
+    listed = config.shards(index)
+    opened = {}
+    for file in sorted(set(listed.values())):
+        if not (folder / file).is_file():
+            raise ExportError(f"{folder} lacks {file}, which its index lists")
+        opened[file] = _open_file(folder / file)
+    held = {file: set(tensors.keys()) for file, tensors in opened.items()}
+    # A tensor that its file lacks is missed only if the model needs it.
+    yield from (Place(folder / file, key, opened[file]) for key, file in listed.items() if key in held[file])
 
 
 def _open_file(path: Path) -> Any:
@@ -142,17 +137,18 @@ def _open_file(path: Path) -> Any:
     is_zip = zipfile.is_zipfile(path)
     if start.startswith(b"PK") and not is_zip:  # whose contents are listed at the end
         raise ExportError(f"{path} cannot be read: its end is missing")
-    try:
+    with foreign(f"{path} cannot be read"):
         if path.suffix == ".safetensors":
             return safe_open(path, "pt")
-        # a file in the format before PyTorch 1.6 cannot be mapped
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except UnpicklingError as error:
-        if "global" in str(error).lower():  # that is, a name of Python's, to be called
-            raise ExportError(f"{path} wants to run code when it is read, expected tensors alone") from None
-        raise ExportError(f"{path} cannot be read: PyTorch saves nothing like it") from None
-    except Exception as error:  # whatever a damaged file makes the libraries raise
-        raise ExportError(f"{path} cannot be read: {first_line(error)}") from None
+        try:
+            # a file in the format before PyTorch 1.6 cannot be mapped
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        except UnpicklingError as error:
+            if "global" in str(error).lower():  # that is, a name of Python's, to be called
+                raise ExportError(
+                    f"{path} holds pickled code, which is never run, expected tensors alone"
+                ) from None
+            raise ExportError(f"{path} cannot be read: PyTorch saves nothing like it") from None
     if not isinstance(tensors, dict):
         raise ExportError(f"{path} holds a {type(tensors).__name__}, expected tensors by name")
     for key, tensor in tensors.items():
@@ -173,16 +169,3 @@ def _renamed(name: str, renames: Renames) -> str:
         if found:
             return new
     return name
-
-
-def read_json(path: Path, missing: str) -> dict[str, Any]:
-    """The object in `path`; ExportError, beginning with `missing` where there is no file."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ExportError(f"{missing}: it has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path} cannot be read: {error}") from None
-    if not isinstance(raw, dict):
-        raise ExportError(f"{path} holds a {type(raw).__name__}, expected an object")
-    return raw

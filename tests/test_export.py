@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -21,7 +24,10 @@ from tokenizers import Tokenizer
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from dualfocus.export import ExportError, decoder, export_bundle, nano_tower, verify
+from dualfocus.export import bundle as bundles
 from dualfocus.export import checkpoint as checkpoints
+from dualfocus.export.verify import Trial
+from dualfocus.runtime.bundle import Bundle
 from dualfocus.runtime.manifest import BoxFormat, Manifest, Precision
 from dualfocus.runtime.turns import DUALFOCUS
 
@@ -125,7 +131,7 @@ def test_embeddings_and_tokenizer_are_the_checkpoints(exported: Exported) -> Non
     np.testing.assert_array_equal(embeddings, expected)
     text = "What is written on the red star? Ünïcode\n"
     ours = Tokenizer.from_file(str(exported.bundle / "tokenizer.json")).encode(text).ids
-    assert ours == tiny.make_tokenizer()(text).input_ids
+    assert [exported.manifest.tokens.bos, *ours] == tiny.make_tokenizer()(text).input_ids
 
 
 def test_comparison_is_printed(exported: Exported) -> None:
@@ -315,17 +321,247 @@ def test_wrong_weights_are_noticed(
     assert list(tmp_path.iterdir()) == []
 
 
+WRITTEN = {
+    "manifest.json", "vision.onnx", "vision.onnx.data", "decoder.onnx", "decoder.onnx.data", "embeddings.npy",
+    "tokenizer.json",
+}  # fmt: skip
+
+
 def test_old_bundle_is_replaced(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     out.mkdir()
-    (out / "manifest.json").write_text("{}")
+    listed = {"of the old bundle": {}, "../checkpoint.txt": {}}
+    (out / "manifest.json").write_text(json.dumps({"format_version": 1, "files": listed}))
     (out / "of the old bundle").write_text("")
+    (out / "packed").mkdir()
+    (out / "packed" / "decoder.onnx").write_text("")
+    (tmp_path / "checkpoint.txt").write_text("")
     export_bundle(checkpoint, out, progress=quiet)
-    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
-    assert len(list(out.iterdir())) == 7
+    assert {path.name for path in tmp_path.iterdir()} == {"bundle", "checkpoint.txt"}
+    assert {path.name for path in out.iterdir()} == WRITTEN
+
+
+def kept(out: Path) -> dict[str, Any]:
+    """Files, a folder, a link and what is in it, as people keep them beside a bundle."""
+    (out / "notes").mkdir()
+    files = {"README.md": "mine", "notes/a.txt": "a", ".hidden": "b"}
+    for name, text in files.items():
+        (out / name).write_text(text)
+    (out / "link").symlink_to("README.md")
+    (out / "nowhere").symlink_to("no such file")
+    (out / "elsewhere").symlink_to("notes")
+    return files
+
+
+def check_kept(out: Path, files: dict[str, Any]) -> None:
+    assert {name: (out / name).read_text() for name in files} == files
+    assert os.readlink(out / "link") == "README.md"
+    assert os.readlink(out / "nowhere") == "no such file"
+    manifest = Manifest.from_dict(json.loads((out / "manifest.json").read_text()))
+    assert manifest.files.keys() == WRITTEN - {"manifest.json"}
+    written = {path.name for path in out.iterdir()}
+    assert written == WRITTEN | {"README.md", "notes", ".hidden", "link", "nowhere", "elsewhere"}
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+@pytest.mark.parametrize("manifest", ["bundle", "{}", "no JSON"])
+def test_other_files_stay(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_one_step: bool, manifest: str
+) -> None:
+    """Whatever the file system can do, and whatever is left of the old bundle."""
+    out = tmp_path / "bundle"
+    export_bundle(checkpoint, out, precision="int8", progress=quiet)
+    if manifest != "bundle":
+        (out / "manifest.json").write_text(manifest)
+    files = kept(out)
+    if not in_one_step:
+        monkeypatch.setattr(bundles, "_exchange", lambda *_: False)
+    export_bundle(checkpoint, out, progress=quiet)
+    check_kept(out, files)
+    assert list(tmp_path.iterdir()) == [out]
+    assert json.loads((out / "manifest.json").read_text())["precision"] == "fp32"
+
+
+def test_they_stay_where_nothing_is_linked(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "bundle"
+    export_bundle(checkpoint, out, progress=quiet)
+    files = kept(out)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+    export_bundle(checkpoint, out, progress=quiet)
+    check_kept(out, files)
+
+
+def test_a_link_to_a_bundle_stays_a_link(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    export_bundle(checkpoint, tmp_path / "disk" / "real", precision="int8", progress=quiet)
+    (tmp_path / "link").symlink_to("disk/real")
+    export_bundle(checkpoint, tmp_path / "link", progress=quiet)
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "disk" / "real" / "manifest.json").read_text())["precision"] == "fp32"
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["real"]
+
+
+@pytest.mark.parametrize("at", ["before", "after", "between"])
+def test_a_process_that_is_killed_leaves_a_bundle(checkpoint: Path, tmp_path: Path, at: str) -> None:
+    """Around the one step; and between the two that other file systems take: then the next export begins with
+    the old bundle back in its place.
+    """
+    out = tmp_path / "bundle"
+    export_bundle(checkpoint, out, precision="int8", progress=quiet)
+    files = kept(out)
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from dualfocus.export import bundle, export_bundle\n"
+        "def kill(): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "exchange, rename = bundle._exchange, Path.rename\n"
+        "def exchanged(*names):\n"
+        "    if sys.argv[3] == 'before': kill()\n"
+        "    assert exchange(*names)\n"
+        "    kill()\n"
+        "def renamed(path, other):\n"
+        "    if path.name.endswith('.partial'): kill()\n"
+        "    return rename(path, other)\n"
+        "if sys.argv[3] == 'between': bundle._exchange, Path.rename = (lambda *_: False), renamed\n"
+        "else: bundle._exchange = exchanged\n"
+        "export_bundle(sys.argv[1], Path(sys.argv[2]), progress=lambda _: None)"
+    )
+    command = [sys.executable, "-c", code, str(checkpoint), str(out), at]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    if at == "between":
+        assert not out.exists()
+        with pytest.raises(ExportError):  # whatever comes of the next one
+            export_bundle(tmp_path / "no such", out, precision="int8", progress=quiet)
+    found = json.loads((out / "manifest.json").read_text())
+    assert found["precision"] == ("fp32" if at == "after" else "int8")
+    assert Bundle.open(out).manifest == Manifest.from_dict(found)
+    check_kept(out, files)
+    export_bundle(checkpoint, out, precision="fp16", progress=quiet)
+    check_kept(out, files)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_everything_is_on_the_disk_before_it_takes_its_place(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    sync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(
+        os, "fsync", lambda of: (happened.append(Path(os.readlink(f"/proc/self/fd/{of}")).name), sync(of))[1]
+    )
+    monkeypatch.setattr(
+        Path,
+        "rename",
+        lambda path, other: (happened.append(f"-> {Path(other).name}"), rename(path, other))[1],
+    )
+    export_bundle(checkpoint, tmp_path / "bundle", progress=quiet)
+    *before, moved, after = happened[-len(WRITTEN) - 3 :]
+    assert set(before) == {*WRITTEN, ".bundle.partial"}
+    assert before[-1] == ".bundle.partial"
+    assert (moved, after) == ("-> bundle", tmp_path.name)
+
+
+def test_a_full_disk_is_named(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Trial, "begin", full)
+    message = (
+        r"/\.bundle\.partial cannot be written: No space left on device; this export takes [\d.]+ (k|M)B"
+    )
+    with pytest.raises(ExportError, match=message):
+        export_bundle(checkpoint, tmp_path / "bundle", progress=quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["n" * 250, "n" * 300, "letter.txt/bundle", "/proc/bundle"])
+def test_a_place_that_cannot_be_written(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(ExportError, match=r"cannot be written|is a file|has room for 0 bytes"):
+        export_bundle(checkpoint, tmp_path / name, progress=quiet)
+
+
+@pytest.mark.parametrize("count", [0, 999, 1_000, 2_345_000, 7_250_000_000])
+def test_sizes_are_told_in_units_that_say_something(count: int) -> None:
+    expected = {0: "0 bytes", 999: "999 bytes", 1_000: "1.0 kB", 2_345_000: "2.3 MB", 7_250_000_000: "7.2 GB"}
+    assert bundles._size(count) == expected[count]
+
+
+# ---- what a tokenizer's file holds besides
+
+
+HARMFUL = {
+    "padding": {
+        "strategy": {"Fixed": 10**9},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<pad>",
+    },
+    "truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 1},
+}
+
+
+def test_a_tokenizer_is_exported_bare(broken: Path, tmp_path: Path) -> None:
+    """What pads, cuts or is put around a text could abort the runtime, and is of no use to it."""
+    edit(broken / "tokenizer.json", **HARMFUL)
+    manifest = export_bundle(broken, tmp_path / "bundle", progress=quiet)
+    stored = json.loads((tmp_path / "bundle" / "tokenizer.json").read_text())
+    assert (stored["padding"], stored["truncation"], stored["post_processor"]) == (None, None, None)
+    assert manifest.tokens.bos == 1  # which the file puts before a text
+    assert Bundle.open(tmp_path / "bundle").tokenizer.encode("a red star").ids
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 10**6}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        {
+            "pre_tokenizer": {
+                "type": "Split",
+                "pattern": {"Regex": "(a+)+$"},
+                "behavior": "Isolated",
+                "invert": False,
+            }
+        },
+        {
+            "pre_tokenizer": {
+                "type": "Split",
+                "pattern": {"Regex": "(?<"},
+                "behavior": "Isolated",
+                "invert": False,
+            }
+        },
+        {"decoder": {"type": "Strip", "content": " ", "start": 10**9, "stop": 10**9}},
+        {"post_processor": {"type": "TemplateProcessing", "single": 3}},
+        {"added_tokens": [{"id": 10**12, "content": "a"}]},
+        {"model": {"type": "BPE", "vocab": [], "merges": 3}},
+        {"model": 3},
+        {"model": {"type": "BPE", "vocab": {"<pad>": 0, "a": 1, "b": 9000}, "merges": []}},
+    ],
+)
+def test_a_harmful_tokenizer_is_refused(broken: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    edit(broken / "tokenizer.json", **changes)
+    refused(broken, tmp_path, "tokenizer.json")
 
 
 # ---- refusals
+
+
+def test_another_programs_manifest_is_no_bundles(checkpoint: Path, tmp_path: Path) -> None:
+    text = json.dumps({"name": "An app", "start_url": "/", "icons": []})
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(ExportError, match="is a folder with other things in it"):
+        export_bundle(checkpoint, tmp_path, progress=quiet)
+    assert (tmp_path / "manifest.json").read_text() == text
 
 
 def test_other_peoples_folder_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
@@ -357,7 +593,7 @@ def test_missing_file(broken: Path, tmp_path: Path, name: str, message: str) -> 
 def test_torn_file(broken: Path, tmp_path: Path, name: str) -> None:
     data = (broken / name).read_bytes()
     (broken / name).write_bytes(data[: len(data) // 2])
-    refused(broken, tmp_path, "cannot be (read|loaded)")
+    refused(broken, tmp_path, "cannot be (read|loaded)|is not JSON")
 
 
 def test_missing_weights(broken: Path, tmp_path: Path) -> None:
@@ -373,7 +609,7 @@ def test_missing_weights(broken: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["LlavaNextForConditionalGeneration"]}, "LlavaNext.*, expected LlavaForCondition"),
+        ({"architectures": ["LlavaNextForConditionalGeneration"]}, "LlavaNext.*, expected LLaVA's: LlavaFor"),
         ({"text_config": {"model_type": "gpt2"}}, "language model is of type 'gpt2', expected one of llama"),
     ],
 )

@@ -5,6 +5,7 @@ The bundle of an original checkpoint is compared with Hugging Face's folder of t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -13,10 +14,12 @@ import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import formats
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -28,7 +31,7 @@ from typer.testing import CliRunner
 
 from dualfocus import cli
 from dualfocus.bench import layouts
-from dualfocus.export import ExportError, export_bundle
+from dualfocus.export import ExportError, config, export_bundle
 from dualfocus.export import checkpoint as checkpoints
 from dualfocus.export.weights import StoredWeights
 from dualfocus.runtime.manifest import Prompts
@@ -274,7 +277,8 @@ def test_tower_that_is_only_in_the_shards(
         {key: getattr(model.config.vision_config, key) for key in known},
     )
     sizes = {"crop_size": formats.SIZE, "size": formats.SIZE}
-    monkeypatch.setattr(checkpoints, "KNOWN_TOWER_PROCESSOR", checkpoints.KNOWN_TOWER_PROCESSOR | sizes)
+    processor = msgspec.structs.replace(checkpoints.KNOWN_TOWER_PROCESSOR, **sizes)
+    monkeypatch.setattr(checkpoints, "KNOWN_TOWER_PROCESSOR", processor)
     twin = formats.hugging_face(tmp_path / "twin", model)
     folder = formats.original(tmp_path / "checkpoint", model)
     check(Case({}, {}, "pad"), model, folder, twin, opened)
@@ -283,11 +287,11 @@ def test_tower_that_is_only_in_the_shards(
 def test_known_tower_is_clips() -> None:
     from transformers import CLIPVisionConfig
 
-    config = CLIPVisionConfig(**checkpoints.KNOWN_TOWER_CONFIG)
-    assert (config.hidden_act, config.layer_norm_eps, config.num_channels) == ("quick_gelu", 1e-5, 3)
+    clip = CLIPVisionConfig(**checkpoints.KNOWN_TOWER_CONFIG)
+    assert (clip.hidden_act, clip.layer_norm_eps, clip.num_channels) == ("quick_gelu", 1e-5, 3)
     published = formats.PUBLISHED_CLIP | {"crop_size": 336, "size": 336}
     del published["feature_extractor_type"]
-    assert published == checkpoints.KNOWN_TOWER_PROCESSOR
+    assert published == config.fields(checkpoints.KNOWN_TOWER_PROCESSOR)
 
 
 def test_given_tower_goes_before_the_one_inside(tmp_path: Path) -> None:
@@ -316,6 +320,407 @@ def test_configuration_of_transformers_5(tmp_path: Path, opened: list[StoredWeig
     formats.write_json(folder / "processor_config.json", {"image_processor": processor})
     (folder / "preprocessor_config.json").unlink()
     check(Case({}, {}, "crop", prompts=CHATML), model, folder, twin, opened)
+
+
+def test_files_of_transformers_5(tmp_path: Path, opened: list[StoredWeights]) -> None:
+    """As 5.24 saves a checkpoint: a tokenizer's class that 4 does not know, special tokens in a list, and the
+    image processor in another file.
+    """
+    model = formats.make("qwen2", "siglip", layer=-1, strategy="full", tied=True)
+    twin = formats.hugging_face(tmp_path / "twin", model, processor="siglip")
+    folder = formats.hugging_face(tmp_path / "checkpoint", model, processor="siglip")
+    raw = read(folder / "config.json")
+    text = raw["text_config"]
+    del text["rope_scaling"]
+    text["rope_parameters"] = {"rope_theta": text.pop("rope_theta"), "rope_type": "default"}
+    text |= {
+        "eos_token_id": None,
+        "pruned_heads": {},
+        "use_bfloat16": False,
+        "layer_types": ["full_attention"] * 2,
+    }
+    formats.write_json(folder / "config.json", raw | {"dtype": "float32", "transformers_version": "5.24.0"})
+    processor = read(folder / "preprocessor_config.json") | {"do_convert_rgb": None}
+    nested = {"image_processor": processor, "image_token": "<image>", "patch_size": None}
+    formats.write_json(folder / "processor_config.json", nested)
+    names = [
+        "preprocessor_config.json",
+        "vocab.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "added_tokens.json",
+    ]
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    tokenizer = {
+        "backend": "tokenizers",
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "extra_special_tokens": ["<|im_start|>", "<|im_end|>", "<image>"],
+        "is_local": True,
+        "model_max_length": 1000000000000000019884624838656,
+        "pad_token": "<|endoftext|>",
+        "processor_class": "LlavaProcessor",
+        "tokenizer_class": "TokenizersBackend",
+    }
+    formats.write_json(folder / "tokenizer_config.json", tokenizer)
+    check(Case({}, {}, "stretch", "original", prompts=CHATML), model, folder, twin, opened)
+
+
+@pytest.mark.parametrize("architectures", [None, [], ...])
+@pytest.mark.parametrize("write", [formats.hugging_face, formats.original])
+def test_no_architectures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[..., Path], architectures: Any
+) -> None:
+    """Then the model's type says which of the two it is."""
+    model = formats.make()
+    known = checkpoints.KNOWN_TOWER_CONFIG
+    sizes = {key: getattr(model.config.vision_config, key) for key in known}
+    monkeypatch.setattr(checkpoints, "KNOWN_TOWER_CONFIG", sizes)
+    folder = write(tmp_path / "checkpoint", model)
+    raw = read(folder / "config.json")
+    expected = raw.pop("architectures")
+    formats.write_json(
+        folder / "config.json", raw if architectures is ... else raw | {"architectures": architectures}
+    )
+    assert [checkpoints.load(folder).architecture] == expected
+
+
+# ---- how a reply ends
+
+
+def ended(folder: Path, ends: Any) -> Any:
+    """The manifest of the checkpoint whose generation_config.json lists those ends."""
+    formats.write_json(folder / "generation_config.json", {"eos_token_id": ends})
+    return checkpoints.describe(checkpoints.load(folder), ragged_append=True)
+
+
+def test_an_end_that_qwen2_does_not_list(tmp_path: Path) -> None:
+    """<|endoftext|> ends a document, <|im_end|> a reply: first, alone, or last, the latter is one."""
+    model = formats.make("qwen2")
+    folder = formats.hugging_face(tmp_path / "checkpoint", model)
+    document, reply = model.vocabulary.pad, model.vocabulary.eos
+    for listed in ([document, reply], document, [document], [reply, document], reply):
+        manifest = ended(folder, listed)
+        assert manifest.prompts == CHATML
+        listed = [listed] if isinstance(listed, int) else listed
+        assert manifest.tokens.eos == tuple(listed if reply in listed else [*listed, reply])
+
+
+def test_llamas_end_stays_llamas(tmp_path: Path) -> None:
+    folder = formats.hugging_face(tmp_path / "checkpoint", formats.make())
+    manifest = ended(folder, [24, 2])
+    assert (manifest.prompts, manifest.tokens.eos) == (DUALFOCUS, (24, 2))
+    manifest = ended(folder, 24)
+    assert (manifest.prompts, manifest.tokens.eos) == (DUALFOCUS, (24, 2))
+
+
+def test_ends_that_are_none(tmp_path: Path, small: formats.Model) -> None:
+    folder = formats.hugging_face(tmp_path / "checkpoint", small)
+    for listed, message in {
+        "2": "generation_config.json: eos_token_id: expected `int . array . null`, got `str`",
+        "[2.5]": r"generation_config.json: eos_token_id.*: expected `int`, got `float`",
+        "[]": "names no end-of-sequence token",
+        "705": "eos_token_id holds 705, expected ids of the model's 705 tokens",
+        "[2, -1]": "eos_token_id holds -1, expected ids of the model's 705 tokens",
+        "1000000000000": "eos_token_id: expected `int` <=",
+    }.items():
+        text = f'"{listed}"' if listed == "2" else listed
+        (folder / "generation_config.json").write_text(f'{{"eos_token_id": {text}}}')
+        refused(folder, message)
+
+
+@cache
+def llama3() -> formats.Vocabulary:
+    """A tokenizer whose special tokens are Llama 3's."""
+    named = {
+        "<|endoftext|>": "<|begin_of_text|>",
+        "<|im_start|>": "<|end_of_text|>",
+        "<|im_end|>": "<|eot_id|>",
+    }
+    model = formats.qwen2()
+    text = json.dumps(model.files["tokenizer.json"])
+    for old, new in named.items():
+        text = text.replace(old, new)
+    stored = json.loads(text)
+    opening = stored["added_tokens"][0]["id"]
+    special = {"id": "<|begin_of_text|>", "ids": [opening], "tokens": ["<|begin_of_text|>"]}
+    stored["post_processor"] = {
+        "type": "Sequence",
+        "processors": [
+            {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True},
+            {
+                "type": "TemplateProcessing",
+                "single": [
+                    {"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}},
+                    {"Sequence": {"id": "A", "type_id": 0}},
+                ],
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+                "special_tokens": {"<|begin_of_text|>": special},
+            },
+        ],
+    }
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|begin_of_text|>",
+        "eos_token": "<|end_of_text|>",
+    }
+    files = {"tokenizer.json": stored, "tokenizer_config.json": config}
+    ends = opening + 1, opening + 2
+    return formats.Vocabulary(files, model.size, model.image, opening, ends[0], ends[1])
+
+
+def test_llama_3_needs_prompts_of_its_own(tmp_path: Path, small: formats.Model) -> None:
+    words = llama3()
+    folder = formats.hugging_face(tmp_path / "checkpoint", dataclasses.replace(small, vocabulary=words))
+    for name in ("tokenizer.model", "special_tokens_map.json", "added_tokens.json"):
+        (folder / name).unlink(missing_ok=True)
+    ends = [words.eos, words.pad]
+    formats.write_json(folder / "generation_config.json", {"eos_token_id": ends})
+    refused(
+        folder,
+        r"ends its replies with '<.end_of_text.>', '<.eot_id.>', and no prompts for that are known: put "
+        r'dualfocus.json into .* "reply": "{answer}<.eot_id.>"}}',
+    )
+    head = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    prompts = {
+        "system": "",
+        "user": f"{head.format('user')}{{turn}}<|eot_id|>{head.format('assistant')}",
+        "reply": "{answer}<|eot_id|>",
+    }
+    formats.write_json(folder / "dualfocus.json", {"prompts": prompts})
+    manifest = checkpoints.describe(checkpoints.load(folder), ragged_append=True)
+    assert (manifest.tokens.bos, manifest.tokens.eos) == (words.bos, tuple(ends))
+    assert manifest.prompts == dataclasses.replace(DUALFOCUS, **prompts)
+
+
+def test_the_help_names_the_file() -> None:
+    shown = CliRunner().invoke(cli.app, ["export", "--help"], env={"COLUMNS": "200"}).stdout
+    assert "dualfocus.json" in shown
+
+
+# ---- sizes of pictures
+
+
+@pytest.mark.parametrize(
+    ("processor", "changes", "fit"),
+    [
+        ("clip", {"crop_size": [56, 56]}, "crop"),
+        ("clip", {"crop_size": [56]}, "crop"),
+        ("clip", {"crop_size": 56, "size": 56}, "crop"),
+        ("clip", {"size": {"shortest_edge": 56, "longest_edge": None}}, "crop"),
+        ("clip", {"size": [56, 56]}, "stretch"),
+        ("clip", {"size": {"height": 56, "width": 56}}, "stretch"),
+        ("siglip", {"size": 56}, "stretch"),
+        ("siglip", {"size": [56, 56]}, "stretch"),
+    ],
+)
+def test_sizes_as_they_are_written(tmp_path: Path, processor: str, changes: dict[str, Any], fit: str) -> None:
+    folder = formats.hugging_face(tmp_path / "checkpoint", formats.make(), processor=processor)
+    edit(folder / "preprocessor_config.json", **changes)
+    image = checkpoints.describe(checkpoints.load(folder), ragged_append=True).image
+    assert (image.size, image.fit) == (56, fit)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"crop_size": [56, 64]}, "crop_size is 56 x 64, expected the tower's 56"),
+        ({"size": 64}, "size is 64, expected the tower's 56"),
+        ({"size": "56"}, "size: expected `int . object . array . null`, got `str`"),
+        ({"size": [56, 56, 56]}, "size: expected `array` of length <= 2"),
+        ({"size": []}, "size: expected `array` of length >= 1"),
+        ({"size": {"height": "56", "width": 56}}, "size.height: expected `int . null`, got `str`"),
+        ({"size": 10**12}, "size: expected `int` <="),
+        ({"image_mean": 0.5}, "image_mean: expected `array`, got `float`"),
+        ({"image_mean": [0.5, 0.5]}, "image_mean: expected `array` of length >= 3"),
+        ({"image_mean": ["0.5"] * 3}, r"image_mean\[0\]|image_mean.*: expected `float`, got `str`"),
+        ({"rescale_factor": [1]}, "rescale_factor: expected `float . null`, got `array`"),
+        ({"resample": 10**30}, "resample: expected `int` <= 16"),
+        ({"do_rescale": None}, "do_rescale is None, expected True"),
+        ({"do_normalize": "no"}, "do_normalize: expected `bool . null`, got `str`"),
+    ],
+)
+def test_sizes_that_are_none(
+    tmp_path: Path, small: formats.Model, changes: dict[str, Any], message: str
+) -> None:
+    folder = formats.hugging_face(tmp_path / "checkpoint", small)
+    edit(folder / "preprocessor_config.json", **changes)
+    refused(folder, message)
+
+
+# ---- numbers that no model has
+
+
+@pytest.mark.parametrize(
+    ("place", "changes", "message"),
+    [
+        (
+            "text_config",
+            {"num_hidden_layers": 10**9},
+            "text_config.num_hidden_layers: expected `int` <= 1024",
+        ),
+        (
+            "text_config",
+            {"num_hidden_layers": 1000},
+            "num_hidden_layers of the language model is 1000, .* have 2",
+        ),
+        (
+            "text_config",
+            {"num_hidden_layers": "2"},
+            "text_config.num_hidden_layers: expected `int`, got `str`",
+        ),
+        ("text_config", {"vocab_size": 10**12}, "text_config.vocab_size: expected `int` <= "),
+        ("text_config", {"vocab_size": 10**7}, r"has shape \(705, 64\), expected \(10000000, 64\)"),
+        ("text_config", {"hidden_size": 10**6}, r"has shape \(705, 64\), expected \(705, 1000000\)"),
+        ("text_config", {"intermediate_size": 10**7}, "has shape .* as the configuration says"),
+        ("text_config", {"rms_norm_eps": [1e-5]}, "rms_norm_eps: expected `float`, got `array`"),
+        ("text_config", {"rope_theta": 0}, "rope_theta: expected `float` > 0"),
+        ("text_config", {"max_position_embeddings": 10**30}, "max_position_embeddings: expected `int` <= "),
+        (
+            "text_config",
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope type 'dynamic' changes with",
+        ),
+        (
+            "text_config",
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope type 'dynamic' changes",
+        ),
+        (
+            "text_config",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope type 'dynamic' ch",
+        ),
+        (
+            "text_config",
+            {"rope_scaling": {"rope_type": "new"}},
+            "rope type 'new' is unknown|describes no model",
+        ),
+        (
+            "vision_config",
+            {"num_hidden_layers": 10**9},
+            "expected `int` <=|vision tower is 1000000000, expected",
+        ),
+        (
+            "vision_config",
+            {"num_hidden_layers": 900},
+            "num_hidden_layers of the vision tower is 900, .* have 4",
+        ),
+        ("vision_config", {"image_size": 10**9}, "expected `int` <= "),
+        ("vision_config", {"image_size": 10**6}, "has shape .* as the configuration says|image_size"),
+        ("vision_config", {"patch_size": 0}, "describes no "),
+        ("vision_config", {"hidden_size": 1e300}, "expected `float` <= "),
+        (None, {"vision_feature_layer": []}, "vision_feature_layer: expected `array` of length >= 1"),
+        (None, {"vision_feature_layer": 10**9}, "vision_feature_layer: expected `int` <= "),
+        (None, {"text_config": []}, "text_config: expected `object . null`, got `array`"),
+        (None, {"vision_config": "clip"}, "vision_config: expected `object . null`, got `str`"),
+    ],
+)
+def test_numbers_that_no_model_has(
+    tmp_path: Path, small: formats.Model, place: str | None, changes: dict[str, Any], message: str
+) -> None:
+    folder = formats.hugging_face(tmp_path / "checkpoint", small)
+    raw = read(folder / "config.json")
+    formats.write_json(folder / "config.json", raw | ({place: raw[place] | changes} if place else changes))
+    refused(folder, message)
+
+
+@pytest.mark.parametrize(
+    ("place", "changes"),
+    [("text_config", {"num_hidden_layers": 1024}), ("vision_config", {"num_hidden_layers": 1024})],
+)
+def test_sizes_are_compared_before_a_model_is_built(
+    tmp_path: Path,
+    small: formats.Model,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    changes: dict[str, Any],
+) -> None:
+    folder = formats.hugging_face(tmp_path / "checkpoint", small)
+    raw = read(folder / "config.json")
+    edit(folder / "config.json", **{place: raw[place] | changes})
+    monkeypatch.setattr(
+        checkpoints, "LlavaForConditionalGeneration", lambda _: pytest.fail("a model was built")
+    )
+    refused(folder, "is 1024, the weights have")
+
+
+@pytest.mark.parametrize("place", ["text_config", "vision_config", None])
+def test_what_an_export_does_not_use_may_be_anything(
+    tmp_path: Path, small: formats.Model, place: str | None
+) -> None:
+    """Labels by the million, among others, are none of a model's business."""
+    folder = formats.hugging_face(tmp_path / "checkpoint", small)
+    raw = read(folder / "config.json")
+    unused = {
+        "num_labels": 10**9,
+        "id2label": {"0": [1]},
+        "problem_type": 3,
+        "torch_dtype": "no such",
+        "a": [[[]]],
+    }
+    (raw if place is None else raw[place]).update(unused)
+    formats.write_json(folder / "config.json", raw)
+    edit(folder / "generation_config.json", top_k="many", max_length=10**30, eos_token_id=2)
+    assert checkpoints.describe(checkpoints.load(folder), ragged_append=True).tokens.eos == (2,)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "dualfocus.json",
+    ],
+)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 100_000, "not JSON|nested too deeply|expected `object`"),
+        (b'{"a":' * 100_000, "not JSON|nested too deeply"),
+        (b"[]", "expected `object`, got `array`"),
+        (b"null", "expected `object`, got `null`"),
+        (b'{"a": NaN}', "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"", "is not JSON"),
+    ],
+    ids=["deep list", "deep object", "list", "null", "NaN", "UTF-16", "empty"],
+)
+def test_what_is_no_object(
+    tmp_path: Path, small: formats.Model, name: str, content: bytes, message: str
+) -> None:
+    folder = formats.hugging_face(tmp_path / "checkpoint", small)
+    tokenizer = read(folder / "tokenizer_config.json")
+    del tokenizer["added_tokens_decoder"]  # then the map of special tokens is read
+    formats.write_json(folder / "tokenizer_config.json", tokenizer)
+    (folder / name).write_bytes(content)
+    refused(folder, f"{name}.*({message})")
+
+
+def test_a_name_that_no_file_system_takes(tmp_path: Path, small: formats.Model) -> None:
+    folder = formats.original(tmp_path / "checkpoint", small, tower_inside=False, tower_name="t" * 4000)
+    refused(folder, "needs the vision tower t{200}, expected beside it or as --vision-tower: no such folder")
+    folder = formats.hugging_face(tmp_path / "sharded", small, **SHARDS)
+    index = folder / "model.safetensors.index.json"
+    edit(index, weight_map={"lm_head.weight": "s" * 400})
+    refused(folder, "weight_map.*: expected `str` of length <= 255")
+
+
+def test_an_index_may_list_what_no_model_needs(tmp_path: Path, small: formats.Model) -> None:
+    """As shards of 2023 list a buffer that they lack."""
+    folder = formats.hugging_face(tmp_path / "checkpoint", small, **SHARDS)
+    index = folder / "model.safetensors.index.json"
+    listed = read(index)["weight_map"]
+    name = "model.language_model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit(index, weight_map=listed | {name: min(listed.values())})
+    loaded = checkpoints.load(folder)
+    assert name not in loaded.weights.shapes
+    assert torch.equal(loaded.weights.read("lm_head.weight"), small.tensors["lm_head.weight"])
 
 
 @pytest.mark.parametrize(
@@ -421,12 +826,12 @@ def test_missing_shard(tmp_path: Path, small: formats.Model, kind: layouts.Kind)
 @pytest.mark.parametrize(
     ("listed", "message"),
     [
-        ({"lm_head.weight": "{first}"}, "holds no lm_head.weight, which .*index.json says it does"),
+        ({"lm_head.weight": "{first}"}, "lacks 1 of the model's weights, the first lm_head.weight"),
         ({"lm_head.weight": "../x"}, "lists '../x', expected a file beside it"),
         ({"lm_head.weight": "/etc/passwd"}, "lists '/etc/passwd', expected a file beside it"),
-        ({"lm_head.weight": 3}, "lists no weights: expected a weight_map of names and files"),
-        (None, "lists no weights: expected a weight_map of names and files"),
-        ([], "lists no weights: expected a weight_map of names and files"),
+        ({"lm_head.weight": 3}, "index.json: weight_map.*: expected `str`, got `int`"),
+        (None, "index.json: weight_map: expected `object`, got `null`"),
+        ([], "index.json: weight_map: expected `object`, got `array`"),
         ({}, "lacks 1 of the model's weights, the first lm_head.weight"),
     ],
 )
@@ -448,7 +853,7 @@ def test_wrong_index(
 def test_index_that_is_none(tmp_path: Path, small: formats.Model) -> None:
     folder = formats.hugging_face(tmp_path / "checkpoint", small, **SHARDS)
     (folder / "model.safetensors.index.json").write_text("[]")
-    refused(folder, "holds a list, expected an object")
+    refused(folder, "index.json: expected `object`, got `array`")
 
 
 CHANGES: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
@@ -544,7 +949,7 @@ def test_code_in_a_file_is_not_run(
     mark = tmp_path / "mark"
     hostile = {"a": torch.zeros(1)} if save is not SAVERS["pickle"] else {}
     save(hostile | {"b": Payload(mark)}, folder / "pytorch_model.bin")
-    refused(folder, "pytorch_model.bin wants to run code when it is read, expected tensors alone")
+    refused(folder, "pytorch_model.bin holds pickled code, which is never run, expected tensors alone")
     assert not mark.exists()
     pickle.loads(pickle.dumps(Payload(mark)))
     assert mark.exists()  # as it would have been
@@ -564,12 +969,23 @@ def test_other_contents(tmp_path: Path, small: formats.Model, state: Any) -> Non
     [
         (
             {"architectures": ["LlavaMistralForCausalLM"]},
-            "holds the architecture LlavaMistralForCausalLM, exp",
+            "of another kind: its architecture is LlavaMistralForCausalLM, exp",
         ),
-        ({"architectures": None}, "holds the architecture none, expected LlavaForConditionalGeneration or"),
-        ({"architectures": "LlavaForConditionalGeneration"}, "holds the architecture none, expected Llava"),
+        (
+            {"architectures": None, "model_type": None},
+            "without architectures and model_type, expected LLaVA's",
+        ),
+        (
+            {"architectures": "LlavaForConditionalGeneration"},
+            "architectures: expected `array | null`, got `str`",
+        ),
         ({"text_config": {"model_type": "gemma"}}, "of type 'gemma', expected one of llama, mistral, qwen2"),
-        ({"text_config": {"model_type": "no such"}}, "config.json describes no model: 'no such'"),
+        (
+            {"text_config": {"model_type": "no such"}},
+            "of type 'no such', expected one of llama, mistral, qwen2",
+        ),
+        ({"vision_config": {"model_type": "no such"}}, "tower is of type 'no such', which transformers does"),
+        ({"vision_config": {"model_type": "dpt"}}, "is of type 'dpt', which is built of another model"),
         ({"vision_feature_layer": -30}, "the configuration selects no features of the tower: "),
         ({"vision_feature_select_strategy": "both"}, "config.json describes no model: "),
     ],
@@ -584,7 +1000,7 @@ def test_sizes_that_make_no_model(tmp_path: Path, small: formats.Model) -> None:
     folder = formats.hugging_face(tmp_path / "checkpoint", small)
     text = read(folder / "config.json")["text_config"]
     edit(folder / "config.json", text_config=text | {"num_key_value_heads": 0})
-    refused(folder, "config.json describes no model: ")
+    refused(folder, "config.json: text_config.num_key_value_heads: expected `int` >= 1")
 
 
 def test_more_tokens_than_rows(tmp_path: Path, small: formats.Model) -> None:
@@ -610,10 +1026,10 @@ def test_no_weights(tmp_path: Path, small: formats.Model) -> None:
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres', expected 'pad' or 'square'"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end is True, expected False"),
         ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type is 'spatial_unpad', expected 'flat'"),
-        ({"mm_vision_tower": None}, "mm_vision_tower is None, expected a str"),
-        ({"mm_vision_select_layer": "last"}, "mm_vision_select_layer is 'last', expected a int"),
+        ({"mm_vision_tower": None}, "config.json has no mm_vision_tower, expected LLaVA's"),
+        ({"mm_vision_select_layer": "last"}, "mm_vision_select_layer: expected `int . null`, got `str`"),
         ({"mm_hidden_size": 48}, "mm_hidden_size is 48, expected the vision tower's 32"),
-        ({"num_attention_heads": "four"}, "config.json describes no model: "),
+        ({"num_attention_heads": "four"}, "config.json: num_attention_heads: expected `int`, got `str`"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' changes with"),
         ({"hidden_act": "gelu"}, "the language model's activation is 'gelu', expected 'silu'"),
     ],

@@ -174,7 +174,7 @@ def test_a_path_is_returned_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["a/b/c", "./typo", "/no/such/folder", "typo/", "", "a--b", "n" * 300])
 def test_neither_a_path_nor_an_id(remote: Hub, source: str) -> None:
-    assert refusal(source) == f"no such folder: {source}, expected a checkpoint's folder or its id"
+    assert refusal(source) == f"no such folder: {source:.200}, expected a checkpoint's folder or its id"
     assert remote.requests == []
 
 
@@ -269,7 +269,7 @@ def test_files_that_may_not_be_read(remote: Hub, status: int, code: str, message
 
 
 def test_a_repository_without_a_checkpoint(remote: Hub) -> None:
-    remote.commits[NEW] = OTHERS | {"config.json": b"{}"}
+    remote.commits[NEW] = {"config.json": b"{}", "README.md": b"no"}
     assert refusal() == (
         "org/model on the Hub has no config.json or none of model.safetensors, "
         "model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json"
@@ -285,7 +285,7 @@ def test_a_repository_without_a_shard(remote: Hub) -> None:
 @pytest.mark.parametrize("index", [b"{", b"[]", b'{"weight_map": 3}', b"\xff"])
 def test_a_broken_index(remote: Hub, index: bytes) -> None:
     remote.commits[NEW] = SHARDED | {"model.safetensors.index.json": index}
-    assert "is no index of weights, expected a weight_map of file names" in refusal()
+    assert re.search("model.safetensors.index.json(:| is not JSON)", refusal())
 
 
 def test_an_interrupted_download_goes_on(remote: Hub) -> None:
@@ -420,7 +420,7 @@ def test_command_exports_what_it_fetched(remote: Hub, tmp_path: Path) -> None:
     remote.commits[OLD] = {"config.json": b'{"architectures": ["Other"]}', "model.safetensors": b"weights"}
     done = CliRunner().invoke(cli.app, ["export", ID, "--revision", OLD, "-o", str(tmp_path / "bundle")])
     assert done.exit_code == 2
-    assert f"{OLD} holds the architecture Other, expected" in done.stderr
+    assert "org/model is a model of another kind: its architecture is Other, expected LLaVA's" in done.stderr
 
 
 def test_random_weights_have_no_revision(tmp_path: Path) -> None:

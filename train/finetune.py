@@ -49,9 +49,9 @@ from torch.utils.data import DataLoader
 from transformers import GenerationConfig, LlavaForConditionalGeneration
 
 from dualfocus.export import checkpoint as checkpoints
-from dualfocus.export import hub
+from dualfocus.export import config, hub
 from dualfocus.export.checkpoint import EMBEDDINGS, Checkpoint
-from dualfocus.export.weights import read_json
+from dualfocus.export.source import check_folder, check_given
 from dualfocus.runtime import files
 from dualfocus.runtime.errors import InputError
 from dualfocus.runtime.manifest import Manifest
@@ -167,11 +167,11 @@ def save_checkpoint(
     for name in hub.SMALL:
         if name.startswith(COPIED) and (source / name).exists():
             shutil.copyfile(source / name, folder / name)
-    written = {"preprocessor_config.json": checkpoint.preprocessor}
+    written = {"preprocessor_config.json": config.fields(checkpoint.preprocessor)}
     if manifest.image.fit == "pad":  # transformers' CLIP processor would not, whatever it is told
         written["preprocessor_config.json"] |= {"do_pad": True, "image_processor_type": "LlavaImageProcessor"}
     if (source / "processor_config.json").exists():
-        processor = read_json(source / "processor_config.json", "")
+        processor = config.read(source / "processor_config.json", dict[str, Any])
         processor.pop("image_processor", None)  # since transformers 5; here it has a file of its own
         written["processor_config.json"] = processor
     written["dualfocus.json"] = {
@@ -211,7 +211,8 @@ class Run:
         self.main = self.accelerator.is_main_process
         _check_out(out, self.folder, arguments.resume)
         with self.accelerator.main_process_first():  # where it is downloaded
-            self.source = hub.fetch(arguments.checkpoint)[0]
+            check_given(arguments.checkpoint)
+            self.source = hub.fetch(arguments.checkpoint, check=check_folder)[0]
         self.checkpoint = checkpoints.load(self.source, out.name, arguments.vision_tower)
         # A checkpoint becomes a DualFocus one here: other than stock LLaVA's, its boxes are of the picture.
         coordinates = (self.checkpoint.declared or {}).get("coordinates", "original")

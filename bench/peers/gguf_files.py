@@ -201,8 +201,8 @@ def _vision_facts(writer: gguf.GGUFWriter, checkpoint: Any) -> None:
     writer.add_vision_projection_dim(config.text_config.hidden_size)
     writer.add_vision_image_size(tower.image_size)
     writer.add_vision_patch_size(tower.patch_size)
-    writer.add_vision_image_mean(processor["image_mean"])
-    writer.add_vision_image_std(processor["image_std"])
+    writer.add_vision_image_mean(processor.image_mean)
+    writer.add_vision_image_std(processor.image_std)
 
 
 def _layers(config: Any) -> int:

@@ -152,11 +152,13 @@ class _Model:
 def _read(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """The checkpoint in `folder`; where it is a configuration alone, random weights, made on the device."""
     if any(folder.glob("*.safetensors")):
-        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        model = LlavaForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
         return model.to(device)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with device:
-        return AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 class _Decode:

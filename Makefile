@@ -6,8 +6,9 @@ SOURCES := pyproject.toml setup.py $(wildcard kernels/*.c kernels/*.cu kernels/*
 
 AARCH64 := build/aarch64
 CUDA := build/cuda
+DOCS := build/docs
 
-.PHONY: demo test test-slow test-aarch64 wheel-aarch64 test-cuda jetson clean
+.PHONY: demo test test-slow test-aarch64 wheel-aarch64 test-cuda docs jetson clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dualfocus ask examples/scene.png "$$(cat examples/scene.txt)" --show examples/scene.answer.png
@@ -44,6 +45,15 @@ $(CUDA)/.made: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m venv --clear $(CUDA)
 	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"])' | \
 	    xargs $(CUDA)/bin/pip install --quiet --disable-pip-version-check 'onnxruntime-gpu==1.31.*'
+	touch $@
+
+# The documentation as a site, build/site, with the notebook executed. A warning is an error.
+docs: $(DOCS)/.made
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+$(DOCS)/.made: $(SOURCES) | $(BIN)/python
+	$(BIN)/python -m venv --clear $(DOCS)
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check --editable '.[cpu,docs]'
 	touch $@
 
 # On a Jetson: deploy/jetson/README.md.

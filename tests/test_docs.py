@@ -127,6 +127,19 @@ def test_readmes_numbers_are_those_of_the_pages_it_names() -> None:
         assert {*numbers} <= {*cells}
 
 
+def test_the_demos_output_is_what_readme_shows() -> None:
+    question = (ROOT / "examples/scene.txt").read_text(encoding="utf-8").strip()
+    done = CliRunner().invoke(cli.app, ["ask", str(ROOT / "examples/scene.png"), question])
+    shown = [text for page, text in blocks("") if page == "README.md"]
+    assert [steady(text) for text in shown] == [steady(done.stdout)]
+
+
+def steady(output: str) -> list[list[str]]:
+    """The words of an answer's lines without times, and losses to one decimal."""
+    lines = [line.split() for line in output.splitlines() if " ms: " not in line]
+    return [[re.sub(r"^(\d\.\d)\d\d$", r"\1", word) for word in line] for line in lines]
+
+
 @pytest.mark.parametrize(("page", "words"), COMMANDS, ids=identify)
 def test_commands_are_ones_that_exist(page: str, words: list[str]) -> None:
     program, *arguments = words

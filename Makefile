@@ -6,9 +6,8 @@ SOURCES := pyproject.toml setup.py $(wildcard kernels/*.c kernels/*.cu kernels/*
 
 AARCH64 := build/aarch64
 CUDA := build/cuda
-DOCS := build/docs
 
-.PHONY: demo test test-slow test-aarch64 wheel-aarch64 test-cuda docs jetson clean
+.PHONY: demo test test-slow test-aarch64 wheel-aarch64 test-cuda jetson clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dualfocus ask examples/scene.png "$$(cat examples/scene.txt)" --show examples/scene.answer.png
@@ -48,6 +47,8 @@ $(CUDA)/.made: pyproject.toml | $(BIN)/python
 	touch $@
 
 # The documentation as a site, build/site, with the notebook executed. A warning is an error.
+DOCS := build/docs
+.PHONY: docs
 docs: $(DOCS)/.made
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 

@@ -172,7 +172,7 @@ def _type(hint: Any) -> str:
         return "null"
     if origin is typing.Literal:
         return " or ".join(f"`{json.dumps(value)}`" for value in arguments)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
         return " or ".join(map(_type, arguments))
     if origin is dict:
         return f"object of {_type(arguments[1])}"

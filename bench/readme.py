@@ -1,13 +1,13 @@
-"""README's tables, written from the newest results: ``python -m dualfocus.bench.readme [--check]``.
+"""Writes the tables of README and docs/ from results: ``python -m dualfocus.bench.readme [--check]``.
 
-A table stands between two comments, and is replaced by what the benchmark's `markdown` makes of its result::
+A table stands between two comments. It is replaced by what the benchmark's `markdown` makes of its result::
 
     <!-- bench:savings-edge -->
     ...
     <!-- /bench -->
 
-The name is a result's, bench/results/DATE-NAME.json, of which the newest counts; several that share a table
-are joined by "+". `--check` writes nothing, and exits with 1 where a table is not what it would be.
+The name is a result's, bench/results/DATE-NAME.json, of which the newest counts. Several results that share a
+table are joined by "+". `--check` writes nothing, and exits with 1 if a table differs from its result.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dualfocus.bench import harness
 from dualfocus.bench.compare import read
 from dualfocus.runtime.errors import InputError
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
 TABLE = re.compile(r"(<!-- bench:(?P<name>[\w.+-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 DATE = "????-??-??"
 
@@ -31,7 +31,7 @@ def newest(name: str) -> Path:
     """The newest result of that name. InputError if there is none."""
     found = sorted(harness.RESULTS.glob(f"{DATE}-{name}.json"))
     if not found:
-        raise InputError(f"there is no result {harness.RESULTS / f'{DATE}-{name}.json'} for README's table")
+        raise InputError(f"there is no result {harness.RESULTS / f'{DATE}-{name}.json'} to make a table of")
     return found[-1]
 
 
@@ -43,39 +43,41 @@ def table(names: str) -> str:
     bench = "accuracy" if "mode" in results[0] else results[0]["bench"]
     module = importlib.import_module(f"dualfocus.bench.{bench}")
     if not hasattr(module, "markdown"):
-        raise InputError(f"{paths[0]}: the benchmark {bench} makes no table for README")
+        raise InputError(f"{paths[0]}: the benchmark {bench} makes no table")
     return f"{module.markdown(*results)}\n"
 
 
-def rewritten(text: str) -> str:
-    """README's text with all its tables made anew. InputError for a marker that is never closed."""
+def pages() -> list[Path]:
+    """The files whose tables are generated."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+
+
+def rewritten(page: Path) -> str:
+    """The text of `page` with all its tables made anew. InputError for a marker that is never closed."""
+    text = page.read_text(encoding="utf-8")
     opened, closed = len(re.findall(r"<!-- bench:", text)), len(TABLE.findall(text))
     if opened != closed:
-        raise InputError(
-            f"README has {opened} markers <!-- bench:NAME -->, and {closed} with <!-- /bench --> behind"
-        )
+        raise InputError(f"{page} has {opened} markers <!-- bench:NAME -->, {closed} with <!-- /bench -->")
     return TABLE.sub(lambda found: f"{found[1]}\n{table(found['name'])}\n{found[3]}", text)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Rewrite or check README; returns the exit status."""
+    """Rewrite or check all pages; returns the exit status."""
     if [*arguments] not in ([], ["--check"]):
         print("usage: python -m dualfocus.bench.readme [--check]", file=sys.stderr)
         return 2
-    text = README.read_text(encoding="utf-8")
     try:
-        new = rewritten(text)
+        new = {page: rewritten(page) for page in pages()}
     except InputError as error:
         print(f"dualfocus: {error}", file=sys.stderr)
         return 2
-    if arguments:
-        if new != text:
-            print(
-                "README.md is not what bench/results say: python -m dualfocus.bench.readme", file=sys.stderr
-            )
-        return int(new != text)
-    README.write_text(new, encoding="utf-8")
-    return 0
+    changed = {page: text for page, text in new.items() if text != page.read_text(encoding="utf-8")}
+    for page, text in changed.items():
+        if arguments:
+            print(f"{page} differs from bench/results: run python -m dualfocus.bench.readme", file=sys.stderr)
+        else:
+            page.write_text(text, encoding="utf-8")
+    return int(bool(arguments and changed))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Two results compared, and README's tables made from results."""
+"""Two results compared, and the documentation's tables made from results."""
 
 from __future__ import annotations
 
@@ -174,17 +174,19 @@ BEFORE = "# name\n\n<!-- bench:savings-edge -->\nanything\n<!-- /bench -->\n\nbe
 
 @pytest.fixture
 def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """README, and results of three days."""
+    """A page of the documentation, and results of three days."""
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
     for date, plain in (("2026-01-02", 2468.0), ("2025-12-31", 1.0), ("2026-01-01", 2.0)):
         kept(tmp_path, savings_of(plain), f"{date}-savings-edge.json")
     kept(tmp_path, savings_of(3.0), "2026-01-03-savings-edge-int8.json")
-    (tmp_path / "README.md").write_text(BEFORE)
-    return tmp_path / "README.md"
+    (tmp_path / "README.md").write_text("# nothing to generate\n")
+    (tmp_path / "docs/results").mkdir(parents=True)
+    (tmp_path / "docs/results/page.md").write_text(BEFORE)
+    return tmp_path / "docs/results/page.md"
 
 
-def test_readmes_table_is_of_the_newest_result(page: Path) -> None:
+def test_a_table_is_of_the_newest_result(page: Path) -> None:
     assert readme.main(["--check"]) == 1
     assert page.read_text() == BEFORE
     assert readme.main([]) == 0
@@ -198,7 +200,7 @@ def test_readmes_table_is_of_the_newest_result(page: Path) -> None:
     assert page.read_text() == text
 
 
-def test_readmes_markers_are_checked(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_markers_are_checked(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for text, said in (
         ("<!-- bench:gone -->\n<!-- /bench -->\n", "there is no result"),
         ("<!-- bench:savings-edge -->\n", "1 markers"),
@@ -208,7 +210,7 @@ def test_readmes_markers_are_checked(page: Path, capsys: pytest.CaptureFixture[s
         assert said in capsys.readouterr().err
         assert page.read_text() == text
     assert readme.main(["--wrong"]) == 2
-    kept(page.parent, harness.header("scenes", 2), "2026-01-01-scenes-nano.json")
+    kept(harness.RESULTS, harness.header("scenes", 2), "2026-01-01-scenes-nano.json")
     with pytest.raises(InputError, match="makes no table"):
         readme.table("scenes-nano")
 
@@ -228,7 +230,7 @@ def answers_of(bundle: str, right: float) -> dict[str, Any]:
 
 def test_results_of_several_models_share_a_table(page: Path) -> None:
     for name, right in (("small", 0.5), ("large", 0.75)):
-        kept(page.parent, answers_of(name, right), f"2026-01-01-scenes-{name}.json")
+        kept(harness.RESULTS, answers_of(name, right), f"2026-01-01-scenes-{name}.json")
     both = readme.table("scenes-small+scenes-large")
     assert "| small | detail | 20 | 50.0 | 50.0 | 50.0 (40.0 to 60.0) | 50.0 | +5.0 (-1.0 to 11.0) |" in both
     assert "| large | pope random, F1 (says yes: 50.0, 50.0 %) | 20 | 80.0 | 90.0 | 90.0 |  | +10.0 |" in both
@@ -238,5 +240,5 @@ def test_results_of_several_models_share_a_table(page: Path) -> None:
     assert "large" not in alone
 
 
-def test_the_repositorys_readme_is_what_its_results_say() -> None:
+def test_the_repositorys_tables_are_what_its_results_say() -> None:
     assert readme.main(["--check"]) == 0

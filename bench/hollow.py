@@ -23,9 +23,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from dualfocus.export.bundle import entries
 from dualfocus.export.graph import DataFile, joined
 from dualfocus.export.shapes import Shape
+from dualfocus.runtime import contents
 from dualfocus.runtime.manifest import Manifest, Precision
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def fill(folder: Path, out: Path, seed: int = 0) -> Manifest:
         for task in tasks:
             task.result()
     manifest = Manifest.from_dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
-    manifest = replace(manifest, files=entries(out))
+    manifest = replace(manifest, files=contents.entries(out))
     (out / "manifest.json").write_text(json.dumps(manifest.to_dict(), indent=2) + "\n", encoding="utf-8")
     return manifest
 

@@ -8,16 +8,13 @@ that nothing opens it; it can be resumed after the last layer that was finished 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import dataclasses
 import errno
-import fcntl
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,9 @@ import msgspec
 from dualfocus.export import config, source
 from dualfocus.export.errors import ExportError, quiet
 from dualfocus.export.shapes import Shape
-from dualfocus.runtime.manifest import CacheType, CoordinateSpace, FileEntry, Manifest, Precision, Target
+from dualfocus.runtime import contents
+from dualfocus.runtime.files import claimed, sync, sync_one
+from dualfocus.runtime.manifest import CacheType, CoordinateSpace, Manifest, Precision, Target
 
 # What an export writes, and what is made of a bundle in its folder (`runtime.packed`, `runtime.tensorrt`).
 _WRITTEN = {
@@ -107,12 +106,12 @@ def export_bundle(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _check_room(folder, export.needs())
-        with _claimed(folder):
+        with claimed(folder, ExportError):
             export.begin(resume=resume)
             try:
                 with quiet():
                     export.run()
-                manifest = dataclasses.replace(manifest, files=entries(folder))
+                manifest = dataclasses.replace(manifest, files=contents.entries(folder))
                 (folder / "manifest.json").write_text(
                     json.dumps(manifest.to_dict(), indent=2) + "\n", encoding="utf-8"
                 )
@@ -171,36 +170,19 @@ def _size(count: int) -> str:
     return f"{count} bytes"
 
 
-@contextlib.contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
-    """Make `folder`, which no other process may export to meanwhile."""
-    folder.mkdir(exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ExportError(f"another export writes to {folder} already") from None
-    else:
-        yield
-    finally:
-        os.close(handle)
-
-
 def _move_into_place(folder: Path, out: Path) -> None:
     """Rename `folder` to `out`, whose old bundle goes; what else is in its folder is kept.
 
     Everything is on the disk before and after.
     """
-    for path in folder.iterdir():
-        _sync(path)
+    sync(folder)
     if not out.exists():
-        _sync(folder)
         folder.rename(out)
-        _sync(out.parent)
+        sync_one(out.parent)
         return
     for path in _others(out):  # under both names until the old folder goes
         _link(path, folder / path.name)
-    _sync(folder)
+    sync_one(folder)
     old = folder
     if not _exchange(folder, out):
         old = out.parent / f".{out.name}.old"
@@ -211,7 +193,7 @@ def _move_into_place(folder: Path, out: Path) -> None:
         except BaseException:
             old.rename(out)
             raise
-    _sync(out.parent)
+    sync_one(out.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -258,22 +240,3 @@ def _exchange(one: Path, other: Path) -> bool:
     if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
         return False
     raise OSError(number, os.strerror(number), str(other))
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def entries(folder: Path) -> dict[str, FileEntry]:
-    """Every file of a bundle to be, read from end to end."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found[path.name] = FileEntry(path.stat().st_size, digest)
-    return found

@@ -238,7 +238,7 @@ def test_two_exports_do_not_write_to_one_bundle(checkpoint: Path, tmp_path: Path
     (tmp_path / ".b.partial").mkdir()
     other = os.open(tmp_path / ".b.partial", os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(ExportError, match="another export writes to"):
+    with pytest.raises(ExportError, match="another process writes to"):
         export_bundle(checkpoint, tmp_path / "b", progress=quiet)
     os.close(other)
     export_bundle(checkpoint, tmp_path / "b", progress=quiet)

@@ -28,6 +28,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -344,11 +345,8 @@ def fuzz(target: Target, cases: int, root: Path, *, workers: int = 2) -> list[Fi
                 if finding is not None:
                     found.append(finding)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(work, range(workers)))  # raises what a worker does: one that cannot start tries nothing
     return sorted(found, key=lambda finding: finding.seed)
 
 

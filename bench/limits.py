@@ -363,9 +363,9 @@ class _WatchedSession:
         self.io_binding = session.io_binding
         self.seconds = 0.0
 
-    def run_with_iobinding(self, binding: Any) -> None:
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
         begin = time.perf_counter()
-        self._session.run_with_iobinding(binding)
+        self._session.run_with_iobinding(binding, options)
         self.seconds += time.perf_counter() - begin
 
 

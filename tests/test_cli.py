@@ -346,7 +346,7 @@ def test_a_picture_that_lacks_rows_is_answered_with_a_warning(photo, bundle, tmp
             "https://example.com//a b.jpg?c#d is a URL, expected a file name",
         ),
         ("data:image/png;base64," + "A" * 9999, "a data: URI was given as a picture"),
-        ("", "the picture's file name is empty"),
+        ("", "PICTURE '' is empty"),
     ],
 )
 def test_what_is_no_file_name(bundle, picture, sentence):

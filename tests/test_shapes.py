@@ -202,7 +202,7 @@ def test_refusals(tmp_path: Path) -> None:
     assert "expected a CHECKPOINT or --random SHAPE" in export()
     assert "both a CHECKPOINT and --random SHAPE" in export(tmp_path, "--random", "edge")
     assert "no shape is called 'huge', expected one of edge" in export("--random", "huge")
-    assert "no shape is called ''" in export("--random", "")
+    assert "--random '' is empty" in export("--random", "")
     assert not (tmp_path / "out").exists()
 
 

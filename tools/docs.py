@@ -136,7 +136,8 @@ def _kinds(item: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
     if "enum" in item:
         return [f"`{json.dumps(value)}`" for value in item["enum"]]
     if item.get("type") == "array":
-        return [f"{item['minItems']} {item['items']['type']}s"]
+        number = item.get("minItems", "list of")
+        return [f"{number} {item['items']['type']}s"]
     kind = item.get("type", [])
     return [kind] if isinstance(kind, str) else list(kind)
 

@@ -15,10 +15,12 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n auto -m "not slow"
 
+# Tests of damaged files have processes of their own.
 test-slow: $(VENV)/.test
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -n auto -m slow --ignore-glob='tests/test_fuzz_*'
+	$(BIN)/pytest -m slow tests/test_fuzz_*.py
 
 # Ten times the damaged files that the slow tests try; more with `make fuzz FUZZ=100`.
 fuzz: export FUZZ ?= 10

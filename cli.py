@@ -100,14 +100,27 @@ _Device = Annotated[
     str,
     typer.Option(
         metavar="DEVICE",
-        help="cpu, cuda, tensorrt, tensorrt-rtx, with :n for another GPU, or the best that works.",
+        help="auto (the best that works), cpu, cuda[:N], tensorrt[:N] or tensorrt-rtx[:N].",
     ),
 ]
 
 
+def _show_version(requested: bool) -> None:
+    if requested:
+        from dualfocus import __version__
+
+        print(f"dualfocus {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def dualfocus() -> None:
-    """Ask a picture: once as a whole, once zoomed in to where the answer is."""
+def dualfocus(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    """Ask about a picture twice: as a whole, and zoomed in to where the answer is."""
 
 
 @app.command(cls=_Command)
@@ -119,16 +132,20 @@ def ask(
     ] = None,
     mode: Annotated[
         Literal["dual", "macro", "micro"],
-        typer.Option(help="Both passes and the better answer, or one pass alone."),
+        typer.Option(help="dual runs both passes and keeps the better answer; macro and micro run one pass."),
     ] = "dual",
-    plain: Annotated[bool, typer.Option("--plain", help="Four calls of the model, nothing reused.")] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Run the reference: every prompt in full, nothing reused.")
+    ] = False,
     select: Annotated[
         Literal["reference", "answer"] | None,
-        typer.Option(help="What the better answer's loss is over  [default: what the model says]"),
+        typer.Option(
+            help="Tokens that the loss covers: box reply and answer, or answer  [default: the model's]"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each question.")] = False,
     show: Annotated[
-        Path | None, typer.Option(metavar="OUT.png", help="Write the picture with box, crop and answers.")
+        Path | None, typer.Option(metavar="OUT.png", help="Write the picture with its box, crop and answers.")
     ] = None,
     free_box: Annotated[
         bool, typer.Option("--free-box", help="Decode the box without a grammar, as --plain does.")
@@ -139,30 +156,34 @@ def ask(
             metavar="P",
             min=0,
             max=1,
-            help="Look no closer if the macro answer's mean token probability is above P  [default: never]",
+            help="Skip the micro pass if the macro answer's mean token probability exceeds P  "
+            "[default: never]",
         ),
     ] = None,
     zooms: Annotated[
         int,
         typer.Option(
-            metavar="N", min=1, max=8, help="Look again inside a crop that is still large, N zooms at most."
+            metavar="N", min=1, max=8, help="Zoom again into a crop that is still large, at most N times."
         ),
     ] = 1,
     cache_mb: Annotated[
         int,
         typer.Option(
-            metavar="MB", min=0, max=10**9, help="Memory for pictures that may be asked about again."
+            metavar="MB", min=0, max=10**9, help="Memory limit of the prefix cache and of encoded images."
         ),
     ] = 512,
     threads: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, max=256, help="Threads of the engines  [default: one for each core]"
+            metavar="N", min=1, max=256, help="Threads of the inference library  [default: one per core]"
         ),
     ] = None,
     spin: Annotated[
         bool,
-        typer.Option("--spin/--no-spin", help="Threads wait awake: faster, unless others need their cores."),
+        typer.Option(
+            "--spin/--no-spin",
+            help="Threads busy-wait within a call: faster, unless other work needs the cores.",
+        ),
     ] = True,
     device: _Device = "auto",
 ) -> None:
@@ -246,43 +267,47 @@ def export(
     ] = None,
     revision: Annotated[
         str | None,
-        typer.Option(metavar="REV", help="Branch, tag or commit of that id  [default: main]"),
+        typer.Option(metavar="REV", help="Branch, tag or commit on the Hub  [default: main]"),
     ] = None,
     random: Annotated[
         str | None,
-        typer.Option(metavar="SHAPE", help="Random weights of a shape instead, such as edge."),
+        typer.Option(metavar="SHAPE", help="Use random weights of this shape, such as edge."),
     ] = None,
     precision: Annotated[
         Literal["fp32", "fp16", "int8", "int4"],
-        typer.Option(help="Of the weights. int8 is fast and close to fp32, int4 smaller and less close."),
+        typer.Option(
+            help="Precision of the weights. int8 is fast and close to fp32, int4 smaller and less close."
+        ),
     ] = "fp32",
     target: Annotated[
         Literal["onnxruntime", "onnx-standard", "cuda", "tensorrt"],
         typer.Option(
-            help="What the graphs are for: ONNX Runtime on a CPU, anything that runs the ONNX standard, "
-            "ONNX Runtime on a GPU, or TensorRT engines."
+            help="Runtime of the graphs: ONNX Runtime on a CPU, any runtime of the ONNX standard, "
+            "ONNX Runtime on a GPU, or TensorRT."
         ),
     ] = "onnxruntime",
     cache: Annotated[
         Literal["float32", "float16"] | None,
         typer.Option(
-            help="Of the KV cache. float16 is half the memory, and rounds keys and values  "
+            help="Type of the KV cache. float16 halves its memory and rounds keys and values  "
             "[default: float32; for a GPU float16]"
         ),
     ] = None,
     coords: Annotated[
         Literal["original", "padded", "model"] | None,
         typer.Option(
-            help="What boxes are fractions of, the picture or the picture padded to a square; or pixels of "
-            "what the model sees  [default: original if called DualFocus, else padded]"
+            help="Space of the box coordinates: fractions of the picture or of the padded square, or pixels "
+            "of what the model sees  [default: original if called DualFocus, else padded]"
         ),
     ] = None,
     vision_tower: Annotated[
         str | None,
-        typer.Option(metavar="TOWER", help="Folder or id of the tower, if an original checkpoint lacks it."),
+        typer.Option(
+            metavar="TOWER", help="Folder or Hub id of the vision tower, if an original checkpoint lacks it."
+        ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an export to BUNDLE that was interrupted.")
+        bool, typer.Option("--resume", help="Continue an interrupted export to BUNDLE.")
     ] = False,
 ) -> None:
     """Export a checkpoint as a bundle.
@@ -327,14 +352,14 @@ def curate(
     visual_genome: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder of Visual Genome's JSON files, unpacked or .json.zip.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder to write, a new one.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="New folder to write.")],
     images: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR", help="Its pictures, or VG_100K and VG_100K_2  [default: in the other DIR]"
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Chooses the samples of the contact sheet.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed for the samples of the contact sheet.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the statistics as one JSON object.")] = False,
 ) -> None:
     """Make training dialogues from Visual Genome's questions and regions."""
@@ -358,19 +383,21 @@ def inspect(
         ),
     ] = None,
     devices: Annotated[
-        bool, typer.Option("--devices", help="Say what this machine can run models on, and what it lacks.")
+        bool, typer.Option("--devices", help="List the devices of this machine, and what each lacks.")
     ] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Compare every file's SHA-256.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check the SHA-256 of every file, packed ones too.")
+    ] = False,
     budget: Annotated[
         bool,
         typer.Option(
             "--budget",
-            help="Open it, and measure that time and its private memory; of a shape, compute what it takes.",
+            help="Measure opening time and private memory; for a shape, compute the memory.",
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
-    """Say what a bundle is, or what this machine has."""
+    """Describe a bundle, a shape or this machine."""
     with _errors():
         from dualfocus.export import SHAPES
         from dualfocus.runtime import bundle as bundles
@@ -423,7 +450,7 @@ def pack(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a bundle.")],
     device: _Device = "cpu",
 ) -> None:
-    """Store a bundle's weights as this machine reads them: a fast start. TensorRT's engines are built so."""
+    """Prepack weights for this machine, or build TensorRT engines, for faster start-up."""
     with _errors():
         from dualfocus.runtime import bundle as bundles
         from dualfocus.runtime import devices, packed, registry
@@ -457,14 +484,22 @@ def pack(
 # what measurements have in common
 _Limit = Annotated[int, typer.Option(metavar="N", min=1, help="Questions to ask.")]
 _Bundle = Annotated[Path | None, typer.Option(metavar="DIR", help="The model  [default: the built-in one]")]
-_Threads = Annotated[int | None, typer.Option(metavar="N", min=1, max=256, help="Threads of the engines.")]
-_Rounds = Annotated[int, typer.Option(metavar="N", min=2, help="How often each row is timed.")]
+_Threads = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=1, max=256, help="Threads of the inference library  [default: one per core]"
+    ),
+]
+_Rounds = Annotated[int, typer.Option(metavar="N", min=2, help="Timed rounds.")]
 _Spin = Annotated[
-    bool, typer.Option("--spin/--no-spin", help="Threads wait awake: faster, unless others need their cores.")
+    bool,
+    typer.Option(
+        "--spin/--no-spin", help="Threads busy-wait within a call: faster, unless other work needs the cores."
+    ),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-_Save = Annotated[bool, typer.Option("--save", help="Keep the result under bench/results.")]
-_Plot = Annotated[Path | None, typer.Option(metavar="OUT", help="Draw the result: OUT.svg or OUT.png.")]
+_Save = Annotated[bool, typer.Option("--save", help="Save the result under bench/results.")]
+_Plot = Annotated[Path | None, typer.Option(metavar="OUT", help="Plot the result as OUT.svg or OUT.png.")]
 
 
 _Benchmark = Literal["textvqa", "gqa-mcq", "seed", "mmbench", "pope", "scenes", "scenes-unseen"]
@@ -489,17 +524,17 @@ def evaluate(
         _Benchmark,
         typer.Argument(
             metavar="BENCHMARK",
-            help="textvqa, gqa-mcq, seed, mmbench, pope; or scenes, drawn ones, and scenes-unseen, laid out "
-            "and set before photographs as no training saw them.",
+            help="textvqa, gqa-mcq, seed, mmbench or pope; scenes are drawn and held out, scenes-unseen "
+            "also have layouts, fonts and photographs that training never saw.",
         ),
     ],
     data: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="The benchmark's files, laid out as for LLaVA's scripts."),
+        typer.Option(metavar="DIR", help="Folder of the benchmark's files, as LLaVA's scripts expect them."),
     ] = None,
     mode: Annotated[
         Literal["dual", "macro", "micro"],
-        typer.Option(help="Both passes, which tells of each alone too, or one of them."),
+        typer.Option(help="dual also scores each pass alone; macro and micro run one pass."),
     ] = "dual",
     limit: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Questions to ask  [default: all; 2000 scenes]")
@@ -510,15 +545,15 @@ def evaluate(
             "--out",
             "-o",
             metavar="ANSWERS.jsonl",
-            help="The answers, gone on with  [default: BENCHMARK-MODEL-MODE.jsonl; none of scenes]",
+            help="Answers file to write or continue  [default: BENCHMARK-MODEL-MODE.jsonl; none for scenes]",
         ),
     ] = None,
     ray: Annotated[
         str | None,
         typer.Option(
             metavar="[ADDRESS]",
-            help="Ask on the Ray cluster there, with an engine on every GPU, or on every --threads cores; "
-            "without ADDRESS on this machine's.",
+            help="Run on a Ray cluster, one engine per GPU or per --threads cores; without ADDRESS on this "
+            "machine.",
         ),
     ] = None,
     bundle: _Bundle = None,
@@ -527,7 +562,7 @@ def evaluate(
     as_json: _Json = False,
     save: _Save = False,
 ) -> None:
-    """Measure answers, not time: a benchmark's score by its official rule."""
+    """Score a benchmark with its official metric."""
     with _errors():
         from dualfocus.bench import accuracy, questions
         from dualfocus.bench.answers import Answers, Line, Run
@@ -575,14 +610,14 @@ def evaluate(
         _report(result, accuracy.show, as_json=as_json, save=save)
 
 
-benches = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure time.")
+benches = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed.")
 app.add_typer(benches, name="bench")
 
 
 @benches.command("stages", cls=_Command)
 def bench_stages(
     bundle: _Bundle = None,
-    rounds: Annotated[int, typer.Option(metavar="N", min=2, help="How often the question is asked.")] = 20,
+    rounds: Annotated[int, typer.Option(metavar="N", min=2, help="Timed rounds.")] = 20,
     device: _Device = "auto",
     threads: _Threads = None,
     spin: _Spin = True,
@@ -590,7 +625,7 @@ def bench_stages(
     save: _Save = False,
     plot: _Plot = None,
 ) -> None:
-    """One question, every stage apart; the first token, the first answer of a process, memory."""
+    """Time one question stage by stage: first token, cold start, memory."""
     _bench("stages", bundle, rounds, device, threads, spin, as_json=as_json, save=save, plot=plot)
 
 
@@ -605,7 +640,7 @@ def bench_limits(
     save: _Save = False,
     plot: _Plot = None,
 ) -> None:
-    """Decode, prefill and vision against what memory and arithmetic of this machine allow."""
+    """Compare decode, prefill and vision with the limits of this machine (roofline)."""
     _bench("limits", bundle, rounds, device, threads, spin, as_json=as_json, save=save, plot=plot)
 
 
@@ -620,7 +655,7 @@ def bench_savings(
     save: _Save = False,
     plot: _Plot = None,
 ) -> None:
-    """What every saving is worth, from the plain protocol to all of them."""
+    """Time a question with each saving added in turn, from the plain protocol on."""
     _bench("savings", bundle, rounds, device, threads, spin, as_json=as_json, save=save, plot=plot)
 
 
@@ -635,7 +670,7 @@ def bench_throughput(
     save: _Save = False,
     plot: _Plot = None,
 ) -> None:
-    """Several questions in flight: questions a second, the first token, the answer."""
+    """Time several questions in flight: questions per second, TTFT, latency."""
     _bench("throughput", bundle, rounds, device, threads, spin, as_json=as_json, save=save, plot=plot)
 
 
@@ -650,7 +685,7 @@ def bench_gate(
     save: _Save = False,
     plot: _Plot = None,
 ) -> None:
-    """Accuracy against latency of `ask --skip-above`, on drawn scenes that no training ever saw."""
+    """Trade accuracy against latency with `ask --skip-above`, on held-out drawn scenes."""
     _bench("gate", bundle, limit, device, threads, spin, as_json=as_json, save=save, plot=plot)
 
 
@@ -665,7 +700,7 @@ def bench_rules(
     save: _Save = False,
     plot: _Plot = None,
 ) -> None:
-    """What the rule that chooses between both answers is worth, on drawn scenes that no training ever saw."""
+    """Compare the rules that choose between both answers, on held-out drawn scenes."""
     _bench("rules", bundle, limit, device, threads, spin, as_json=as_json, save=save, plot=plot)
 
 
@@ -703,11 +738,11 @@ def _bench(
 
 @benches.command("compare", cls=_Command)
 def bench_compare(
-    old: Annotated[Path, typer.Argument(metavar="OLD.json", help="A result that --save kept.")],
-    new: Annotated[Path, typer.Argument(metavar="NEW.json", help="A later one of the same benchmark.")],
+    old: Annotated[Path, typer.Argument(metavar="OLD.json", help="A saved result.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW.json", help="A later result of the same benchmark.")],
     as_json: _Json = False,
 ) -> None:
-    """What changed from one result to another."""
+    """Compare two saved results."""
     with _errors():
         from dualfocus.bench import compare
 
@@ -717,11 +752,11 @@ def bench_compare(
 
 @benches.command("crop", cls=_Command)
 def bench_crop(
-    rounds: Annotated[int, typer.Option(metavar="N", min=2, help="How often each candidate is timed.")] = 21,
+    rounds: Annotated[int, typer.Option(metavar="N", min=2, help="Timed rounds.")] = 21,
     as_json: _Json = False,
     save: _Save = False,
 ) -> None:
-    """The crop kernel against Pillow and NumPy, on one thread."""
+    """Time the crop kernel against Pillow and NumPy, on one thread."""
     with _errors():
         from dualfocus.bench import crop
 
@@ -738,18 +773,18 @@ def bench_peers(
     ] = None,
     random: Annotated[
         str | None,
-        typer.Option(metavar="SHAPE", help="Random weights of a shape instead, such as edge."),
+        typer.Option(metavar="SHAPE", help="Use random weights of this shape, such as edge."),
     ] = None,
     folder: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where the peers' model files are kept, for the next time.")
+        Path, typer.Option(metavar="DIR", help="Folder that keeps the model files of the other runtimes.")
     ] = Path("build/peers"),
     rounds: Annotated[
         int,
-        typer.Option(metavar="N", min=2, help="How often each part is timed; questions a third as often."),
+        typer.Option(metavar="N", min=2, help="Timed rounds; a third as many for whole questions."),
     ] = 9,
     precision: Annotated[
         Literal["fp32", "bf16", "int8", "int4"] | None,
-        typer.Option(help="Only the rows of one precision  [default: all]"),
+        typer.Option(help="Run one precision  [default: all]"),
     ] = None,
     questions: Annotated[
         int, typer.Option(metavar="N", min=1, help="Held-out questions for nano's quality rows.")
@@ -759,7 +794,7 @@ def bench_peers(
     save: _Save = False,
     plot: _Plot = None,
 ) -> None:
-    """The same weights and questions through other runtimes, side by side."""
+    """Run the same weights and questions in other runtimes, interleaved."""
     from dualfocus.export import shapes
 
     with _errors():
@@ -787,21 +822,21 @@ def bench_peers(
 
 @benches.command("export", cls=_Command)
 def bench_export(
-    random: Annotated[str, typer.Option(metavar="SHAPE", help="Of the random weights.")] = "llava-7b",
+    random: Annotated[str, typer.Option(metavar="SHAPE", help="Shape of the random weights.")] = "llava-7b",
     layout: Annotated[
-        Literal["original", "huggingface"], typer.Option(help="Whose files the checkpoint is like.")
+        Literal["original", "huggingface"], typer.Option(help="File layout of the checkpoint.")
     ] = "original",
     precision: Annotated[
-        Literal["fp32", "fp16", "int8", "int4"], typer.Option(help="Of the bundle.")
+        Literal["fp32", "fp16", "int8", "int4"], typer.Option(help="Precision of the bundle.")
     ] = "int4",
     folder: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where checkpoint and bundle are written, and stay.")
+        Path, typer.Option(metavar="DIR", help="Folder for the checkpoint and the bundle; both stay.")
     ] = Path("build/export"),
     threads: _Threads = None,
     as_json: _Json = False,
     save: _Save = False,
 ) -> None:
-    """Time, memory and disk of exporting a model larger than memory, and of starting it."""
+    """Measure time, memory and disk of exporting and starting a model larger than memory."""
     from dualfocus.export import shapes
 
     with _errors():
@@ -817,16 +852,19 @@ def bench_export(
 @benches.command("curate", cls=_Command)
 def bench_curate(
     pictures: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Of the made-up data set; the real one has 108,077.")
+        int,
+        typer.Option(
+            metavar="N", min=1, help="Pictures of the synthetic data set; Visual Genome has 108,077."
+        ),
     ] = 100_000,
     folder: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where 5 GB may lie meanwhile  [default: among temporary files]"),
+        typer.Option(metavar="DIR", help="Folder for 5 GB of temporary files  [default: the system's]"),
     ] = None,
     as_json: _Json = False,
     save: _Save = False,
 ) -> None:
-    """Time and memory of curating a made-up Visual Genome of full size."""
+    """Measure time and memory of curating a synthetic Visual Genome of full size."""
     with _errors():
         with _needs_train("bench curate"):
             from dualfocus.bench import curate as bench

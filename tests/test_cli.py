@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+import dualfocus
 from dualfocus import cli
 from dualfocus.runtime import Bundle, DualFocus, FocusResult
 from dualfocus.runtime.show import annotate
@@ -447,6 +448,10 @@ COMMANDS = [[name] for name in ("ask", "export", "curate", "inspect", "pack", "e
         "curate",
     )
 ]  # fmt: skip
+
+
+def test_version():
+    assert run("--version").stdout == f"dualfocus {dualfocus.__version__}\n"
 
 
 @pytest.mark.parametrize("command", [[], ["bench"]], ids=" ".join)

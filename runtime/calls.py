@@ -309,7 +309,7 @@ class DeviceGraphDecoder(GraphDecoder[TokenIds, list[DeviceLogits]]):
             self._bind(call.binding, name, array, is_output=True)
 
     def _write_tokens(self, call: Call, append: Append[TokenIds]) -> None:
-        """All rows share one array of images, so a row's image ids move behind those of the rows before."""
+        """All rows share one array of images, so a row's image ids follow those of the rows before it."""
         images: list[Array] = []
         shown = 0
         for place, chunk in zip(append.places, append.chunks, strict=True):

@@ -41,7 +41,7 @@ def check(folder: Path, files: Mapping[str, FileEntry]) -> None:
 def find(folder: Path, name: str) -> Path:
     """The path of the file `name` of `folder`. Raises BundleError for one that is elsewhere, as by a link.
 
-    Links of the Hub's cache, from a snapshot to the blobs beside it, are followed.
+    Links of the Hub's cache, from a snapshot to its blobs, are followed.
     """
     if Path(name).name != name or name == ".." or not name.isprintable():
         raise BundleError(f"{folder} lists {name!r:.80}, expected a plain file name")

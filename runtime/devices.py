@@ -97,9 +97,9 @@ def gpus() -> list[Gpu]:
     try:
         found = []
         for index in range(runtime.getDeviceCount()):
-            told = runtime.getDeviceProperties(index)
-            capability = f"{told['major']}.{told['minor']}"
-            found.append(Gpu(index, told["name"].decode(), capability, told["totalGlobalMem"]))
+            properties = runtime.getDeviceProperties(index)
+            capability = f"{properties['major']}.{properties['minor']}"
+            found.append(Gpu(index, properties["name"].decode(), capability, properties["totalGlobalMem"]))
     except runtime.CUDARuntimeError as error:
         raise DeviceError(f"no NVIDIA driver or GPU answers ({error})") from None
     return found

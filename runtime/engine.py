@@ -156,7 +156,7 @@ class Engine:
     @contextmanager
     def _all_or_none(self) -> Iterator[None]:
         """Run to the end, or end all requests and hold nothing; if that is interrupted too, the next time."""
-        if self._stepping:  # whoever follows a request cancels one
+        if self._stepping:  # a follower cancels a request
             yield
             return
         if self._stale:
@@ -298,7 +298,7 @@ class Engine:
             if isinstance(work, Generate):
                 request.enter(f"{job.stage}prefill")
                 job.live = Reply(work, self._bundle.manifest, self._bundle.tokenizer, request.counters)
-            if request.done:  # whoever follows it has cancelled it
+            if request.done:  # its follower has cancelled it
                 return
             assert job.live is not None
             prompt = job.live.start(job.slot)

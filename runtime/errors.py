@@ -22,7 +22,7 @@ class QuestionError(InputError):
 
 
 class EngineError(InputError):
-    """No inference library is installed, or the model cannot be asked: it was closed, or this is a fork."""
+    """No inference library is installed, or the model is closed or belongs to another process."""
 
 
 class ModelError(InputError):

@@ -1,7 +1,7 @@
 """What a slot computes: a reply decoded greedily, or the log-probabilities of replies that are given.
 
 Tokens may be computed before they are chosen: a draft, or what a grammar leaves no or hardly any choice
-about (jump-forward). `Reply.choose` then goes through the logits behind them. As far as greedy choice agrees
+about (jump-forward). `Reply.choose` then goes through their logits. As far as greedy choice agrees
 they are the reply; where it departs the sequence is cut. A draft changes what is computed, never the reply.
 """
 
@@ -135,7 +135,7 @@ class Reply:
 
 
 class Scoring:
-    """The replies of a prompt on their way to be scored: `start` in a slot, then `complete`."""
+    """Scores the replies of a prompt: `start` in a slot, then `complete`."""
 
     def __init__(self, work: Score, counters: Counters, known: Sequence[CachedSequence]) -> None:
         """Whatever one of the `known` sequences has computed of the prompt is not computed again."""

@@ -33,7 +33,7 @@ Tokens = tuple[int, ...]
 Units = tuple[int, ...]  # the four numbers of a box, in units of their last decimal
 Parts = tuple[Tokens, ...]  # its spelling: up to the end of each number, then up to the end token
 
-# Two questions, so that a spelling that depends on what was asked is noticed.
+# Two questions, so that a spelling that depends on the question is noticed.
 _QUESTIONS = ("Where is it?", "left 0 [1, 2")
 
 
@@ -67,11 +67,11 @@ LIKELY = 0.9  # of the numbers still possible: a token that so many begin with i
 
 @dataclass
 class _Node:
-    """What a part may go on with. A leaf has no `next` and one number, the one that it spells."""
+    """What a part may continue with. A leaf has no `next` and one number, the one that it spells."""
 
     numbers: list[int] = field(default_factory=list)  # spelled below, ascending
     next: dict[int, _Node] = field(default_factory=dict)
-    _allowed: dict[int, Tokens] = field(default_factory=dict)  # what was asked once, by `least`
+    _allowed: dict[int, Tokens] = field(default_factory=dict)  # cached, by `least`
     _likely: dict[int, int | None] = field(default_factory=dict)
 
     def count(self, least: int) -> int:
@@ -79,13 +79,13 @@ class _Node:
         return len(self.numbers) - (bisect_left(self.numbers, least) if self.numbers[0] < least else 0)
 
     def allowed(self, least: int) -> Tokens:
-        """The tokens that a number of at least `least` may go on with."""
+        """The tokens that a number of at least `least` may continue with."""
         if least not in self._allowed:
             self._allowed[least] = tuple(token for token, node in self.next.items() if node.count(least))
         return self._allowed[least]
 
     def likely(self, least: int) -> int | None:
-        """The token that `LIKELY` of those numbers go on with, if there is one."""
+        """The token that `LIKELY` of those numbers continue with, if there is one."""
         if least not in self._likely:
             enough = LIKELY * self.count(least)
             found = (token for token, node in self.next.items() if node.count(least) >= enough)
@@ -106,7 +106,7 @@ class BoxGrammar:
         Numbers that the tokenizer cannot spell are left out. None, for free decoding, where the manifest
         names no format or this tokenizer cannot be held to one: a number's spelling depends on its
         neighbours or on the question, a token crosses the end of a number, or a reply does not decode to
-        itself, does not go on from the prompt's tokens or is not followed by an end token.
+        itself, does not continue the prompt's tokens or is not followed by an end token.
         """
         if manifest.box is None:
             return None
@@ -152,7 +152,7 @@ class BoxCursor:
     def ahead(self) -> list[int]:
         """The tokens that come next in all boxes still possible, or in nearly all; the cursor stays here.
 
-        Only a run without any choice reaches the end: behind a likely token there are others to choose.
+        Only a run without any choice reaches the end: after a likely token there are others to choose.
         """
         cursor = copy.copy(self)
         run: list[int] = []
@@ -242,7 +242,7 @@ class _Speller:
         """The parts of each of `boxes` in a dialogue about `question`; None for one that has no spelling.
 
         A token that crosses a number's end counts to the next part, which then differs with the number
-        before it. Raises _NoGrammarError where a spelling does not go on from the prompt's tokens, or has
+        before it. Raises _NoGrammarError where a spelling does not continue the prompt's tokens, or has
         no end token.
         """
         unit = 10**self._box.decimals
@@ -260,8 +260,8 @@ class _Speller:
             end = next((i for i in range(len(prompt), len(ids)) if ids[i] in self._eos), None)
             if ids[: len(prompt)] != prompt or end is None:
                 raise _NoGrammarError
-            said = self._tokenizer.decode(ids[len(prompt) : end + 1], skip_special_tokens=True)
-            if said.strip() != text:  # an unknown character, or an end token among the numbers' own
+            decoded = self._tokenizer.decode(ids[len(prompt) : end + 1], skip_special_tokens=True)
+            if decoded.strip() != text:  # an unknown character, or an end token among the numbers' own
                 found.append(None)
                 continue
             cuts = [bisect_right(encoding.offsets, starts + end, key=itemgetter(1)) for end in self._ends]

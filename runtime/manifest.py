@@ -8,7 +8,7 @@ A bundle is a folder::
     embeddings.npy    (vocabulary, D) f32 or f16, memory-mapped: row i embeds token i
     tokenizer.json    of the `tokenizers` library
 
-ONNX external data lies beside its graph and is listed in `Manifest.files` like everything else.
+ONNX external data is in a file next to its graph, listed in `Manifest.files` like everything else.
 Head counts, sizes, dtypes, prompts and coordinates come from here and from nowhere else.
 """
 
@@ -85,7 +85,7 @@ class DecoderSpec:
 
     Inputs: ``inputs_embeds`` (B, S, hidden) f32; ``seqlens_k`` (B,) i32, valid tokens including the
     new ones, minus one; ``total_sequence_length`` () i32, the longest row's valid tokens;
-    ``logits_at`` (B, K) i64, the positions in S whose logits are wanted; with `ragged_append` also
+    ``logits_at`` (B, K) i64, the positions in S whose logits are requested; with `ragged_append` also
     ``query_seqlens`` (B,) i32, how many of the S new positions each row really has (right-padded);
     ``past_key_values.{i}.key`` and ``.value`` (B, kv_heads, capacity, head_size) of `dtype`.
 
@@ -95,7 +95,7 @@ class DecoderSpec:
     For a GPU (`ON_DEVICE`), nothing but token ids goes in or out. In place of ``inputs_embeds`` there are
     ``tokens`` (B, S) i64 and ``images`` (I, hidden) f16: a token of `vocabulary` + i is row i of the images.
     ``logits_at`` counts positions through all rows: those of row b begin at b x S.
-    Beside the logits there are, of each position, ``best`` (B, K) i64, the likeliest token, ``peak`` (B, K)
+    The other outputs are, for each position, ``best`` (B, K) i64, the likeliest token, ``peak`` (B, K)
     f32, its logit, and ``logsumexp`` (B, K) f32.
     """
 

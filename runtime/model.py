@@ -53,7 +53,7 @@ class DualFocus:
 
         `select`, `free_box` and `skip_above` are `protocol.focus`'s. `slots` rows of KV cache answer half as
         many questions at once; None takes `ON_CPU`, or `ON_GPU`, where questions then run one by one.
-        `cache_mb` and `chunk` are `Engine`'s. At most `queue` questions may be on their way.
+        `cache_mb` and `chunk` are `Engine`'s. At most `queue` questions may be pending.
         """
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle, device=device, threads=threads)
@@ -111,13 +111,13 @@ class DualFocus:
         """Queue a question and return at once. `protocol` None is DualFocus, as `ask` runs it.
 
         Of the questions that wait, those of the highest `priority` come first. The handle's result is what
-        the protocol returns. Raises as `ask` does, and BusyError where too many are on their way.
+        the protocol returns. Raises as `ask` does, and BusyError where too many are pending.
         """
         protocol = protocol or self._protocol("dual")
         return self._worker.submit(_kept(picture), question, protocol, priority=priority)
 
     def close(self) -> None:
-        """Cancel what is on its way, and end the engine's thread."""
+        """Cancel what is pending, and end the engine's thread."""
         self._worker.close()
 
     def __enter__(self) -> DualFocus:
@@ -184,7 +184,7 @@ class Stream:
 class Batch:
     """Answers in order, as `DualFocus.ask_many` gives them. `given` counts them, failures too.
 
-    Any thread may take the next one. Closing or dropping it cancels what is on its way.
+    Any thread may take the next one. Closing or dropping it cancels what is pending.
     """
 
     def __init__(self, model: DualFocus, asked: Iterable[Asked], protocol: Protocol, ahead: int) -> None:
@@ -212,7 +212,7 @@ class Batch:
         return _wait(first)
 
     def close(self) -> None:
-        """Cancel what is on its way."""
+        """Cancel what is pending."""
         for handle in self._coming:
             if isinstance(handle, Handle):
                 handle.cancel()

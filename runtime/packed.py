@@ -1,11 +1,11 @@
-"""Graphs as this machine reads them, beside a bundle's own.
+"""Graphs prepacked for this machine, in a folder of the bundle.
 
 ONNX Runtime repacks weights whenever it opens a graph, which is the longer part of a start and takes private
 memory of their size. `pack` keeps what comes of it in the bundle's folder ``packed``, whose files are mapped
 instead: shared by processes, and dropped by the system when memory is short. They fit one kind of processor
 and one version of ONNX Runtime. With any other, and where they are incomplete, they are passed over.
 
-For tensorrt-rtx the folder is ``packed-rtx``: graphs that name the engines beside them (EP context), and what
+For tensorrt-rtx the folder is ``packed-rtx``: graphs that name their engines (EP context), and what
 their kernels were compiled to, in ``cache``. The names of the options were looked up in the plug-in; what it
 makes of them was never seen, for want of a GPU.
 """
@@ -61,7 +61,7 @@ def pack(path: Path, manifest: Manifest, digest: str, device: Device = CPU) -> P
     from dualfocus.runtime.onnx import save_packed
 
     size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-    # the packed weights are stored behind the weights they were made from, and are about as large
+    # the packed weights are stored after the weights they were made from, and are about as large
     if (free := shutil.disk_usage(path).free) < 2.5 * size:
         raise BundleError(
             f"{path} has room for {free / 1e6:,.1f} MB, packing may take {2.5 * size / 1e6:,.1f} MB"

@@ -35,23 +35,23 @@ SEEN: dict[Kind, str] = {
 }
 
 
-def choose(wanted: Device | None, target: Target) -> Device:
-    """The device for a bundle of `target`: `wanted`, or the best one that works if that is None.
+def choose(requested: Device | None, target: Target) -> Device:
+    """The device for a bundle of `target`: `requested`, or the best one that works if that is None.
 
-    Raises DeviceError if `wanted` does not work here or cannot run such a bundle.
+    Raises DeviceError if `requested` does not work here or cannot run such a bundle.
     """
-    if wanted is None:
+    if requested is None:
         of_target = (Device(kind) for kind in RUNS[target])
         return next(device for device in of_target if problem(device) is None)
-    if wanted.kind not in RUNS[target]:
-        others = [other for other, kinds in RUNS.items() if wanted.kind in kinds]
+    if requested.kind not in RUNS[target]:
+        others = [other for other, kinds in RUNS.items() if requested.kind in kinds]
         raise DeviceError(
-            f"{wanted} does not run a bundle of target {target}, expected one exported with --target "
+            f"{requested} does not run a bundle of target {target}, expected one exported with --target "
             + " or ".join(others)
         )
-    if (why := problem(wanted)) is not None:
-        raise DeviceError(f"{wanted} does not work here: {why}")
-    return wanted
+    if (why := problem(requested)) is not None:
+        raise DeviceError(f"{requested} does not work here: {why}")
+    return requested
 
 
 def problem(device: Device) -> str | None:
@@ -90,9 +90,9 @@ def survey() -> dict[str, Any]:
     else:
         import cupy
 
-        told = {"CUDA driver": cupy.cuda.runtime.driverGetVersion()}
-        told["CUDA runtime"] = cupy.cuda.runtime.runtimeGetVersion()
-        versions |= {name: f"{number // 1000}.{number % 1000 // 10}" for name, number in told.items()}
+        numbers = {"CUDA driver": cupy.cuda.runtime.driverGetVersion()}
+        numbers["CUDA runtime"] = cupy.cuda.runtime.runtimeGetVersion()
+        versions |= {name: f"{number // 1000}.{number % 1000 // 10}" for name, number in numbers.items()}
     return {
         "devices": {kind: problem(Device(kind)) for kind in get_args(Kind)},
         "seen": SEEN,

@@ -79,7 +79,7 @@ class Request:
             self.emit(Stage(stage))
 
     def emit(self, event: Event) -> None:
-        """Show `event` to whoever follows the request."""
+        """Pass `event` to the follower."""
         self.answering |= isinstance(event, ReplyToken)
         self._follow(event)
 

@@ -40,7 +40,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Answer:
-    """One pass's answer. `text` is what was said; `loss` is None where nothing had to be scored.
+    """One pass's answer. `text` is what the model generated; `loss` is None where nothing had to be scored.
 
     `letter` is that of the option which the text names, None where it names none or there are none.
     """
@@ -75,10 +75,10 @@ class Counters:
     tokens_prefilled: int = 0  # prompt tokens computed
     tokens_reused: int = 0  # prompt tokens that did not have to be
     tokens_forced: int = 0  # reply tokens the grammar left no choice about
-    tokens_drafted: int = 0  # reply tokens computed on trust: not the forced ones, unless behind a wrong one
+    tokens_drafted: int = 0  # reply tokens computed ahead: not the forced ones, unless after a wrong one
     tokens_accepted: int = 0  # drafted tokens that were chosen
-    decode_steps: int = 0  # decoder calls that go on with a reply; one for all rows
-    decode_rows: int = 0  # rows those calls went on with, so that rows / steps is the mean batch
+    decode_steps: int = 0  # decoder calls that continue replies; one for all rows
+    decode_rows: int = 0  # rows of those calls, so that rows / steps is the mean batch
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class ReplyToken:
-    """A reply goes on. `text` is what it adds: nothing, if it ends the reply or is part of a character."""
+    """A token of a reply. `text` is what it adds: nothing, if it ends the reply or is part of a character."""
 
     reply: ReplyName
     token: int

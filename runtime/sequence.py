@@ -33,13 +33,13 @@ class CachedSequence:
         self.row = row
         self.tokens: list[Token] = []
         self._logprobs: list[LogProb] = []  # of each token given those before it
-        self._logits: dict[int, Logits] = {}  # position: (vocabulary,) for what follows it, where asked for
+        self._logits: dict[int, Logits] = {}  # position: (vocabulary,) for what follows it, where requested
         self._cut_off: list[
             tuple[int, list[Token], list[LogProb]]
         ] = []  # where a branch began, and the branch
 
     def logits(self, position: int) -> Logits | None:
-        """(vocabulary,) logits of what follows `position`, or None where nobody asked for them."""
+        """(vocabulary,) logits of what follows `position`, or None where they were not requested."""
         return self._logits.get(position)
 
     def logprob(self, position: int, token: int) -> LogProb:
@@ -97,7 +97,7 @@ class CachedSequence:
         self._cache.clear(self.row)
 
     def shows_images(self, start: int) -> bool:
-        """Whether there is an image's token at `start` or behind it."""
+        """Whether there is an image's token at `start` or after it."""
         return any(not isinstance(token, int) for token in self.tokens[start:])
 
     def computed(self, tokens: Sequence[Token], logits: Mapping[int, Logits]) -> None:
@@ -111,7 +111,7 @@ class CachedSequence:
 
 @dataclass(frozen=True)
 class Extension:
-    """`tokens` to append to `sequence`, and the positions in the sequence after which logits are wanted."""
+    """`tokens` to append to `sequence`, and the positions in it after which logits are requested."""
 
     sequence: CachedSequence
     tokens: Sequence[Token]
@@ -121,13 +121,13 @@ class Extension:
     def to(cls, sequence: CachedSequence, tokens: Sequence[Token], after: Sequence[int]) -> Extension:
         """What brings `sequence` to `tokens`, with logits `after` some positions.
 
-        The sequence is cut where it differs, and further where logits are wanted behind a token that it
+        The sequence is cut where it differs, and further where logits are requested after a token that it
         holds: such a token is computed again.
         """
         common = common_prefix(sequence.tokens, tokens)
         sequence.cut(min([common, *(at for at in after if sequence.logits(at) is None)]))
-        wanted = [at for at in after if sequence.logits(at) is None]  # with what was known behind the cut
-        return cls(sequence, tokens[len(sequence.tokens) :], wanted)
+        requested = [at for at in after if sequence.logits(at) is None]  # with what was known after the cut
+        return cls(sequence, tokens[len(sequence.tokens) :], requested)
 
     def split(self, length: int) -> tuple[Extension, Extension]:
         """The first `length` tokens, and the rest."""

@@ -1,4 +1,4 @@
-"""An answer as a picture: where the model looked, what it saw there, and what it said.
+"""An answer as a picture: where the model looked, what it saw there, and what it answered.
 
 Left the picture with the model's box and the crop around it, right the crop zoomed, tied to its place
 by two lines; below the question and both answers.
@@ -41,8 +41,8 @@ def annotate(picture: Picture, question: str, result: FocusResult) -> Image.Imag
     stroke = max(2, unit // 8)
     if zoomed and result.crop:
         left, top, right, bottom = (unit + round(side * scale) for side in result.crop)
-        beside = (top + bottom - zoomed.height) // 2  # as near to the crop as the picture's height allows
-        corner = 3 * unit + shown.width, max(unit, min(beside, unit + shown.height - zoomed.height))
+        middle = (top + bottom - zoomed.height) // 2  # as near to the crop as the picture's height allows
+        corner = 3 * unit + shown.width, max(unit, min(middle, unit + shown.height - zoomed.height))
         canvas.paste(zoomed, corner)
         frame = *corner, corner[0] + zoomed.width, corner[1] + zoomed.height
         for width, colour in ((stroke + 1, _BACKGROUND), (stroke // 2, _CROP)):  # seen on light and dark

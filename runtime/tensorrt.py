@@ -72,7 +72,7 @@ class Reach:
 
 @dataclass(frozen=True)
 class Note:
-    """``engines.json``: what the engines beside it are."""
+    """``engines.json``: what the engines in its folder are."""
 
     bundle: str  # SHA-256 of manifest.json
     library: str

@@ -41,7 +41,7 @@ DUALFOCUS = Prompts(
     hint="Answer the question using a single word or phrase.",
 )
 
-# What models say to whom the same is told in ChatML, as Qwen2 is.
+# The same prompts in ChatML, Qwen2's form.
 CHATML = replace(
     DUALFOCUS,
     system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>",
@@ -57,7 +57,7 @@ CHARACTERS = 32  # that a token of a question may have on average: text has 3 to
 class Wording:
     """The turns that a benchmark's script words in its own way, for models that know `DUALFOCUS`' table.
 
-    Beside {Q} and {T}, {C} is the question's context and {CQ} the question behind it. `history` is the
+    {C} is the question's context, and {CQ} the context with the question after it. `history` is the
     locate turn as the later ones remember it, `candidate` what is scored of an {answer}, and `option` what
     of each option a reply is compared with.
     """
@@ -168,8 +168,8 @@ class Turn:
 class Text:
     """A run of text.
 
-    `given` is where a person or the model wrote it, and no template. `reply` marks what the model said, with
-    its end, which is what a loss is over.
+    `given` is where a person or the model wrote it, and no template. `reply` marks what the model
+    generated, with its end, which is what a loss is over.
     """
 
     text: str
@@ -178,7 +178,7 @@ class Text:
 
     @classmethod
     def join(cls, parts: Iterable[tuple[str, bool]], *, reply: bool = False) -> Text:
-        """One text of several, of each of which is told whether it is given."""
+        """One text of several, each with whether it is given."""
         text, given = "", []
         for part, is_given in parts:
             if is_given and part:
@@ -252,7 +252,7 @@ class Turns:
         self._history: tuple[Turn, ...] = ()
 
     def within(self, image: str, reply: str) -> Turns:
-        """The prompts about a crop of `image`, behind the box `reply` that led to it."""
+        """The prompts about a crop of `image`, after the box `reply` that led to it."""
         turns = copy.copy(self)
         turns._images = (*self._images, image)
         turns._history = (*self._history, Turn(self._wording.history, reply))

@@ -48,7 +48,7 @@ class Score:
 
 
 R = TypeVar("R", covariant=True)
-# A `Region` is shown to whoever follows the request. Result: None.
+# A `Region` is passed to the follower of the request. Result: None.
 Steps = Generator[Sequence["Encode | Generate | Score | Region | Steps[Any]"], list[Any], R]
 
 

@@ -47,7 +47,7 @@ class Handle:
         self._worker.check_waiting()
         while (event := self._events.get()) is not None:
             yield event
-        self._events.put(None)  # for whoever reads it again
+        self._events.put(None)  # for the next reader
         yield self.result()
 
     def cancel(self) -> None:
@@ -61,7 +61,7 @@ class Handle:
 
 
 class _Inbox:
-    """What the engine's thread is told. It holds no `Worker`: that can be freed while the thread waits."""
+    """Commands to the engine's thread. It holds no `Worker`: that can be freed while the thread waits."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
@@ -93,7 +93,7 @@ class Worker:
     """An engine on a thread of its own."""
 
     def __init__(self, engine: Engine, queue: int) -> None:
-        """At most `queue` requests may be on their way."""
+        """At most `queue` requests may be pending."""
         self._engine = engine
         self._queue = queue
         self._inbox = _Inbox()
@@ -116,7 +116,7 @@ class Worker:
     ) -> Handle:
         """Queue a request, as `Engine.prepare` describes it.
 
-        Raises what that raises; BusyError where too many requests are on their way; EngineError after
+        Raises what that raises; BusyError where too many requests are pending; EngineError after
         `close`, and in a process that was forked from the one which opened the model.
         """
         self.check_process()
@@ -144,7 +144,7 @@ class Worker:
             self._inbox.changed.notify()
 
     def check_waiting(self) -> None:
-        """EngineError for whoever would wait for ever: a forked process, and a protocol of this engine."""
+        """EngineError where waiting would never end: in a forked process, or in a protocol of this engine."""
         self.check_process()
         if threading.current_thread() is self._thread:
             raise EngineError("a protocol cannot wait for another question of its model: yield that work")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import pytest
 
 # One thread each: the suite runs on small machines, and its sums should not depend on their cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell's background job and what nohup runs ignore these, and would pass that on to what tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 _HERE = Path(__file__).parent
 # `python -m pytest` puts the repository's root on the path, where `import runtime` would work by accident.

@@ -76,7 +76,7 @@ MISSING_ROWS = 0.1  # of all: what a picture may lack
 _WHOLE = ("WEBP", "AVIF", "HEIF")
 _STRIP = 1 << 20  # pixels that are converted at a time
 _JPEG = ("JPEG", "MPO")
-_EOI = b"\xff\xd9"  # a JPEG's end
+_SOI, _EOI = b"\xff\xd8", b"\xff\xd9"  # a JPEG's beginning and end
 _PNG = b"\x89PNG\r\n\x1a\n"  # its beginning,
 _PNG_XMP = b"XML:com.adobe.xmp\0\0"  # and of a chunk with an uncompressed XMP packet
 _FILLERS = (bytes(range(1, 128)), b"\xaa" * 127, b"\xfe\xdc\xba" * 42)  # bits that differ from the first on
@@ -128,6 +128,8 @@ def decode(file: bytes, name: str) -> Pixels:
     """
     if (refusal := formats.refusal(file)) is not None:
         raise _refused(name, *refusal)
+    if file.startswith(_SOI):  # what a transfer that broke off left empty would be decoded to pixels
+        file = file.rstrip(b"\0")
     with _quiet:
         if formats.is_heif(file):
             return _upright_rgb(_open_heif(file, name), name, orientation=1)

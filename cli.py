@@ -473,7 +473,7 @@ def pack(
             alone = f"{chosen} and {LIBRARY} {VERSION} alone"
         else:
             waiting = _Waiting()
-            with waiting, naming(bundle):
+            with waiting, naming(bundle), _cleaning_up():
                 waiting.say("packing")
                 folder = packed.pack(bundle, manifest, digest, chosen)
             alone = "this machine and ONNX Runtime alone"

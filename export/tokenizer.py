@@ -88,11 +88,11 @@ def _load_fast(path: Path, stored: TokenizerJson, name: str, arguments: dict[str
     loaded = kind(tokenizer_object=opened, **arguments)
     backend: Tokenizer = loaded.backend_tokenizer
     _add(backend, loaded.added_tokens_decoder)
-    bos = loaded.bos_token_id
-    if hasattr(loaded, "add_bos_token"):  # the class decides, and not the file
+    if backend.post_processor is not None:  # the class decides, and not the file
         bos = _opening(loaded)
-    elif stored.post_processor is None or stored.post_processor.opening() != bos:
-        bos = None
+    else:
+        bos = stored.post_processor.opening() if stored.post_processor is not None else None
+        bos = bos if bos in known else None
     return _as_opened(backend, path), bos, loaded.eos_token_id
 
 

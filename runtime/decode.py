@@ -9,7 +9,8 @@ themselves.
 Levels: 8 bits a channel as they are, fewer spread over 0 to 255. Wider samples become 8 bits by the range
 that the file gives:
 
-- TIFF's SMinSampleValue and SMaxSampleValue, where it has them, are black and white;
+- TIFF's SMinSampleValue and SMaxSampleValue, where it has them, are black and white; colours of 16 bits, of
+  which Pillow keeps eight, are refused where these are not 0 and 65,535;
 - else unsigned integers reach from 0 to their BitsPerSample, of 16 bits the upper eight count;
 - else floats reach from 0 to 1;
 - signed integers have no white of their own, and are refused.
@@ -24,7 +25,7 @@ Damage: a picture may lack a tenth of its rows, as one does whose transfer broke
 how many. They are measured: rows are missing that decode differently when something else follows the file's
 end (JPEG), or when something else was in memory before (other formats). Of a JPEG in several scans, the last
 one has to have begun. WebP, AVIF and HEIC, which are decoded as a whole, have to be complete, and so have
-pictures of more than `WHOLE_LIMIT` pixels.
+pictures of more than `WHOLE_LIMIT` pixels. A PNG's optional chunks that are damaged are left out.
 
 Memory: sides and pixels are checked before anything is decoded. Decoding takes Pillow's picture, 4 bytes a
 pixel, and what its decoder keeps; converting takes Pillow's picture and the result, 3 bytes a pixel. The
@@ -40,6 +41,7 @@ import re
 import struct
 import threading
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -74,10 +76,14 @@ MISSING_ROWS = 0.1  # of all: what a picture may lack
 _WHOLE = ("WEBP", "AVIF", "HEIF")
 _STRIP = 1 << 20  # pixels that are converted at a time
 _JPEG = ("JPEG", "MPO")
-_EOI = b"\xff\xd9"  # a JPEG's end
+_SOI, _EOI = b"\xff\xd8", b"\xff\xd9"  # a JPEG's beginning and end
+_PNG = b"\x89PNG\r\n\x1a\n"  # its beginning,
+_PNG_XMP = b"XML:com.adobe.xmp\0\0"  # and of a chunk with an uncompressed XMP packet
 _FILLERS = (bytes(range(1, 128)), b"\xaa" * 127, b"\xfe\xdc\xba" * 42)  # bits that differ from the first on
 # of a JPEG's segments, which name their length
 _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)
+
+_XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:\s*=\s*[\"']|>)\s*([0-9])")
 
 # how an AVIF names its EXIF block: an item's version, number and protection, then its type
 _EXIF_ITEM = re.compile(rb"(infe(?:\x02.{7}|\x03.{9}))Exif", re.DOTALL)
@@ -122,6 +128,8 @@ def decode(file: bytes, name: str) -> Pixels:
     """
     if (refusal := formats.refusal(file)) is not None:
         raise _refused(name, *refusal)
+    if file.startswith(_SOI):  # what a transfer that broke off left empty would be decoded to pixels
+        file = file.rstrip(b"\0")
     with _quiet:
         if formats.is_heif(file):
             return _upright_rgb(_open_heif(file, name), name, orientation=1)
@@ -215,7 +223,14 @@ def _open(file: bytes, name: str) -> Image.Image:
     if file[4:8] == b"ftyp":  # AVIF stores its orientation itself: Pillow need not read its EXIF, and fail
         file = _EXIF_ITEM.sub(rb"\1free", file)
     try:
-        image = Image.open(io.BytesIO(file), formats=formats.READ)
+        try:
+            image = Image.open(io.BytesIO(file), formats=formats.READ)
+        except (Image.DecompressionBombError, MemoryError):
+            raise
+        except Exception:
+            if not file.startswith(_PNG):
+                raise
+            image = Image.open(io.BytesIO(_without_extras(file)), formats=formats.READ)
     except Image.DecompressionBombError:
         raise _too_large(name, min(PIXEL_LIMIT, 2 * (Image.MAX_IMAGE_PIXELS or PIXEL_LIMIT))) from None
     except MemoryError:
@@ -234,6 +249,22 @@ def _open(file: bytes, name: str) -> Image.Image:
         raise PictureError(f"{name} is not a picture that can be read, expected {formats.NAMES}") from None
     _check_size(image.size, image.format, name)
     return image
+
+
+def _without_extras(png: bytes) -> bytes:
+    """A PNG with those of its optional chunks alone that count here, and are not damaged.
+
+    Pillow refuses a picture for any that is damaged, or is a text of more than a megabyte.
+    """
+    kept, at = [png[: len(_PNG)]], len(_PNG)
+    while len(png) - at >= 12:  # the length, the type and the check sum
+        size, kind = struct.unpack_from(">I4s", png, at)
+        chunk = png[at : at + 12 + size]
+        counts = kind in (b"tRNS", b"eXIf") or (kind == b"iTXt" and chunk[8:].startswith(_PNG_XMP))
+        if kind[:1].isupper() or (counts and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")):
+            kept.append(chunk)
+        at += 12 + size
+    return b"".join(kept)
 
 
 def _open_heif(file: bytes, name: str) -> Image.Image:
@@ -515,9 +546,9 @@ def _xmp_orientation(image: Image.Image) -> int | None:
     for key in ("XML:com.adobe.xmp", "xmp"):
         packet = image.info.get(key)
         if isinstance(packet, str):
-            packet = packet.encode()
-        if isinstance(packet, bytes) and (found := re.search(rb'tiff:Orientation(="|>)([0-9])', packet)):
-            return int(found[2])
+            packet = packet.encode(errors="replace")
+        if isinstance(packet, bytes) and (found := re.search(_XMP_ORIENTATION, packet)):
+            return int(found[1])
     return None
 
 
@@ -542,9 +573,19 @@ def _conversion(image: Image.Image, name: str, wide: bool) -> Callable[[Image.Im
     ):
         raise PictureError(f"{name} has the colour mode {image.mode}, which is not read: convert it to RGB")
     if wide and image.mode in ("RGB", "RGBA"):
+        tags = _tags(image)
+        black, white = _first(tags.get(_SMIN, 0)), _first(tags.get(_SMAX, 65535))
+        if (black, white) != (0, 65535):
+            raise PictureError(
+                f"{name} has colours of 16 bits that reach from {black:g} to {white:g}, a range that is read "
+                "for grey alone: convert it to 8 bits a channel"
+            )
         highest = max(high for _, high in _bands(image)[:3])
         if highest < 64:
-            raise _unknown_range(name, f"below {(highest + 1) << 8:,}", "65,535")
+            raise PictureError(
+                f"{name} has samples below {(highest + 1) << 8:,} where 65,535 is white: scale them to that, "
+                "or convert the picture to 8 bits a channel"
+            )
     if image.has_transparency_data:
         return _over_white
     return lambda part: part.convert("RGB")
@@ -638,9 +679,9 @@ def _with_png_transparency(image: Image.Image, file: bytes, name: str) -> Image.
     It reads grey of 16 bits as 16, where the comparison is right.
     """
     colour = image.info.get("transparency")
-    depth = file[24]
     if image.format != "PNG" or colour is None:
         return image
+    depth = file[24]
     if image.mode == "L":
         image.info["transparency"] = colour * 255 // ((1 << depth) - 1)
     elif image.mode == "RGB" and depth == 16:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -120,14 +121,23 @@ def _read(path: str) -> bytes:
 def _read_object(source: Any, name: str) -> bytes:
     """The bytes of a file object."""
     try:
-        if source.seekable():
+        if hasattr(source, "seekable") and source.seekable():
             source.seek(0)
-        file = source.read(FILE_LIMIT + 1)
-    except (OSError, ValueError) as error:  # ValueError: it was closed
+        if isinstance(source, io.RawIOBase):  # one call of an unbuffered one may read a part
+            buffered = io.BufferedReader(source)
+            file = buffered.read(FILE_LIMIT + 1)
+            buffered.detach()
+        else:
+            file = source.read(FILE_LIMIT + 1)
+    except MemoryError:
+        raise
+    except Exception as error:  # ValueError of a closed one, or whatever one that decompresses raises
         raise PictureError(f"{name} cannot be read: {error}") from None
-    if not isinstance(file, bytes):
+    if file is None:
+        raise PictureError(f"{name} cannot be read: it does not wait for its content")
+    if not isinstance(file, bytes | bytearray | memoryview):
         raise PictureError(f"{name} is a file opened as text, expected a binary one: open it with mode 'rb'")
-    return file
+    return bytes(file)
 
 
 def _shown(path: str) -> str:
@@ -145,7 +155,10 @@ def _check_tensor(tensor: Any) -> Picture:
             f"the tensor is {str(tensor.dtype).removeprefix('torch.')} of shape {shape}{both}, "
             "expected uint8 (H, W, 3) or (3, H, W)"
         )
-    array = tensor.detach().cpu().numpy()
+    try:
+        array = tensor.detach().cpu().numpy()
+    except (RuntimeError, TypeError) as error:  # a sparse one, or one without memory
+        raise PictureError(f"the tensor cannot be read: {error}") from None
     return _check_array(np.array(array if last else array.transpose(1, 2, 0), order="C"), "tensor")
 
 

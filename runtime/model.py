@@ -8,6 +8,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from threading import Lock
+from typing import get_args
 
 import numpy as np
 
@@ -55,6 +56,15 @@ class DualFocus:
         many questions at once; None takes `ON_CPU`, or `ON_GPU`, where questions then run one by one.
         `cache_mb` and `chunk` are `Engine`'s. At most `queue` questions may be pending.
         """
+        if select not in (None, *get_args(SelectRule)):
+            raise InputError(f"unknown select {select!r}: expected {', '.join(get_args(SelectRule))}")
+        if skip_above is not None and not 0 <= skip_above <= 1:
+            raise InputError(f"skip_above is {skip_above}, expected a probability from 0 to 1")
+        for name, value, least in (("slots", slots, 1), ("cache_mb", cache_mb, 0), ("chunk", chunk, 1)):
+            if value is not None and not value >= least:  # NaN too
+                raise InputError(f"{name} is {value}, expected {least} or more")
+        if queue < 1:
+            raise InputError(f"queue is {queue}, expected 1 or more")
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle, device=device, threads=threads)
         self.bundle = bundle
@@ -128,6 +138,8 @@ class DualFocus:
 
     def _protocol(self, mode: Mode, box_reply: str | None = None) -> Protocol:
         check_mode(mode)
+        if not isinstance(box_reply, str | None):
+            raise InputError(f"box_reply is of type {type(box_reply).__name__}, expected text")
         return partial(self._focus, mode=mode, box_reply=box_reply)
 
 
@@ -189,12 +201,12 @@ class Batch:
 
     def __init__(self, model: DualFocus, asked: Iterable[Asked], protocol: Protocol, ahead: int) -> None:
         self.given = 0
+        self._coming: deque[Handle | Exception] = deque()
         self._model = model
-        self._asked = iter(asked)
+        self._asked = iter(asked)  # raises for what is none
         self._protocol = protocol
         self._ahead = ahead
         self._next: list[Asked] = []  # one that was taken and not submitted yet
-        self._coming: deque[Handle | Exception] = deque()
         self._lock = Lock()
 
     def __iter__(self) -> Batch:
@@ -224,11 +236,12 @@ class Batch:
     def _submit(self) -> None:
         """Keep enough on the way that the engine never waits, and as much as the queue takes."""
         while len(self._coming) < self._ahead:
-            self._next = self._next or [pair for pair in [next(self._asked, None)] if pair is not None]
-            if not self._next:
-                return
-            picture, question = self._next[0]
             try:
+                self._next = self._next or [next(self._asked)]
+            except StopIteration:
+                return
+            try:
+                picture, question = self._next[0]
                 pixels = picture() if callable(picture) else picture
                 self._coming.append(self._model.submit(pixels, question, self._protocol))
             except BusyError as error:

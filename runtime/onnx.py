@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import io
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -77,7 +78,9 @@ def _options(threads: Threads, *, half: bool = False) -> ort.SessionOptions:
     options.log_severity_level = SILENT
     if threads.number is not None:
         options.intra_op_num_threads = threads.number
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(threads.spin)))
+    # threads that outnumber the cores would spin instead of those that work
+    spin = threads.spin and (threads.number or 1) <= len(os.sched_getaffinity(0))
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     # after a call, the graph's threads would keep spinning while the other graph works
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # Without VNNI, pairs of 8-bit products are added in 16 bits, and overflow, unless this is set; with VNNI

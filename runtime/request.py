@@ -132,10 +132,15 @@ class Request:
                 self.emit(job.work)
             case Generator():
                 self._branch(job.work, job)
-            case _:
+            case Encode() | Generate() | Score():
                 if isinstance(job.work, Generate) and self._replied:
                     job.stage = f"{job.work.reply}_"
                 self.jobs.append(job)
+            case other:
+                raise TypeError(
+                    f"a protocol yielded an item of type {type(other).__name__}, expected Encode, Generate, "
+                    "Score, Region or another generator"
+                )
 
     def _end(self, branch: Branch, value: Any) -> None:
         branch.state = "ended"

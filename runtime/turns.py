@@ -113,9 +113,12 @@ class Question:
     wording: Wording = Wording()
 
     def __post_init__(self) -> None:
+        texts = (self.first_line, self.whole, self.context, *self.options)
+        if (kind := next((type(text) for text in texts if not isinstance(text, str)), None)) is not None:
+            raise QuestionError(f"a part of the question is of type {kind.__name__}, expected text")
         if not self.first_line.strip():
             raise QuestionError("the question is empty")
-        for text in (self.first_line, self.whole, self.context, *self.options):
+        for text in texts:
             if any("\ud800" <= character <= "\udfff" for character in text):
                 raise QuestionError(f"the question {text!r:.60} is not text in UTF-8")
 
@@ -235,6 +238,8 @@ class Turns:
         if isinstance(question, str):
             _check_size(len(question), manifest)
             question = Question.parse(question, prompts.hint)
+        if not isinstance(question, Question):
+            raise QuestionError(f"the question is of type {type(question).__name__}, expected text")
         texts = (question.first_line, question.whole, question.context, *question.options)
         _check_size(sum(map(len, texts)), manifest)
         if any(prompts.image in text for text in texts):

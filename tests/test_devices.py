@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -437,6 +438,14 @@ def test_a_gpu_that_fails_is_one_sentence(built: dict[str, Path], monkeypatch: p
         with pytest.raises(DeviceError, match=r"^cuda:0 failed: out of memory$"):
             ask(runner, 1)
     assert ask(runner, 1)[0].answer == ask(DualFocus(Bundle.open(built["cuda-fp16"])), 1)[0].answer
+
+
+def test_threads_that_outnumber_the_cores_do_not_spin() -> None:
+    """They would take the cores from those that work: 256 of them left a question on two cores unanswered."""
+    cores = len(os.sched_getaffinity(0))
+    for number, spins in ((None, "1"), (cores, "1"), (cores + 1, "0"), (256, "0")):
+        options = engine._options(engine.Threads(number, spin=True))
+        assert options.get_session_config_entry("session.intra_op.allow_spinning") == spins
 
 
 def test_cupy_that_does_not_compute_is_no_device(monkeypatch: pytest.MonkeyPatch) -> None:

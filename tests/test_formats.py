@@ -827,6 +827,8 @@ def test_missing_shard(tmp_path: Path, small: formats.Model, kind: layouts.Kind)
     ("listed", "message"),
     [
         ({"lm_head.weight": "{first}"}, "lacks 1 of the model's weights, the first lm_head.weight"),
+        ({"lm_head.weight": ""}, "lists '', expected a file beside it"),
+        ({"lm_head.weight": ".."}, "lists '..', expected a file beside it"),
         ({"lm_head.weight": "../x"}, "lists '../x', expected a file beside it"),
         ({"lm_head.weight": "/etc/passwd"}, "lists '/etc/passwd', expected a file beside it"),
         ({"lm_head.weight": 3}, "index.json: weight_map.*: expected `str`, got `int`"),

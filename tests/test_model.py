@@ -28,6 +28,7 @@ from dualfocus.runtime import (
     DualFocus,
     EngineError,
     FocusResult,
+    InputError,
     PictureError,
     QuestionError,
     Reference,
@@ -331,6 +332,62 @@ def test_a_protocol_that_asks_its_own_model_is_told_so() -> None:
 
     with pytest.raises(EngineError, match="cannot wait for another question"):
         model.submit(PICTURES[1], QUESTION, protocol).result(10)
+
+
+@pytest.mark.parametrize("work", [3, "a", None, Encode, (0, 0, 9, 9)])
+def test_a_protocol_that_yields_no_work_ends_with_an_error(work: Any) -> None:
+    """It would wait for ever for what nobody computes, and hold its slots."""
+    model = DualFocus(FAKE, slots=2)
+
+    def at_once(task: Task) -> Steps[None]:
+        yield [work]
+
+    def later(task: Task) -> Steps[None]:
+        yield [Encode((0, 0, 9, 9))]
+        yield [work]
+
+    for protocol in (at_once, later):
+        with pytest.raises(TypeError, match=f"an item of type {type(work).__name__}, expected Encode"):
+            model.submit(PICTURES[0], QUESTION, protocol).result(10)
+    assert model.ask(PICTURES[0], QUESTION).answer == "AB7"
+
+
+def test_a_batch_goes_on_after_what_is_no_pair() -> None:
+    answers = DualFocus(FAKE).ask_many([None, (PICTURES[0],), (PICTURES[0], QUESTION)])  # type: ignore[list-item]
+    for error in (TypeError, ValueError):
+        with pytest.raises(error, match="unpack"):
+            next(answers)
+    assert [result.answer for result in answers] == ["AB7"]
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_batch_of_what_cannot_be_iterated() -> None:
+    with pytest.raises(TypeError, match="not iterable"):
+        DualFocus(FAKE).ask_many(3)  # type: ignore[arg-type]
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"select": "loss"}, "unknown select 'loss': expected reference, answer"),
+        ({"skip_above": 2}, "skip_above is 2, expected a probability"),
+        ({"skip_above": float("nan")}, "skip_above is nan"),
+        ({"slots": 0}, "slots is 0, expected 1 or more"),
+        ({"cache_mb": -1}, "cache_mb is -1, expected 0 or more"),
+        ({"cache_mb": float("nan")}, "cache_mb is nan"),
+        ({"chunk": 0}, "chunk is 0, expected 1 or more"),
+        ({"queue": 0}, "queue is 0, expected 1 or more"),
+    ],
+)
+def test_settings_are_checked(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        DualFocus(FAKE, **options)
+
+
+def test_a_box_reply_is_text() -> None:
+    with pytest.raises(InputError, match="box_reply is of type tuple, expected text"):
+        DualFocus(FAKE).ask(PICTURES[0], QUESTION, box_reply=(0, 0, 1, 1))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["array", "subclass"])

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -216,6 +217,16 @@ def test_nothing_is_left_where_packing_fails(
     with pytest.raises(BundleError, match=r"has room for 0\.0 MB, packing may take \d\.\d MB"):
         pack(copy)
     assert set(copy.iterdir()) == before
+
+
+def test_a_signal_leaves_nothing(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def terminated(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = sorted(bundle.rglob("*"))
+    monkeypatch.setattr(onnx, "save_packed", terminated)
+    assert CliRunner().invoke(cli.app, ["pack", str(bundle)]).exit_code == 128 + signal.SIGTERM
+    assert sorted(bundle.rglob("*")) == before
 
 
 def test_the_command(tiny_bundle: Path, tmp_path: Path) -> None:

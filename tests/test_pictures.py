@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 import threading
 import warnings
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -338,6 +340,62 @@ def test_a_pgm_says_its_white(white: int) -> None:
     assert np.abs(found - grey(np.rint(levels * 255 / white))).max() <= 1
 
 
+@pytest.mark.parametrize("file", [b"P1 2 1 0 1", b"P2 2 1 255 255 0", b"P5 2 1 255\n\xff\0", b"P4 2 1\n\x40"])
+def test_a_picture_of_a_few_bytes(file: bytes) -> None:
+    np.testing.assert_array_equal(open_picture(file), [[[255] * 3, [0] * 3]])
+
+
+def test_a_range_that_colours_of_sixteen_bits_do_not_have() -> None:
+    levels = np.random.default_rng(0).integers(0, 65536, (20, 30, 3), np.uint16)
+    for white in (4095, 32767):
+        said = refused(
+            tiff(levels >> 16 - white.bit_length(), [(341, "H", 3, (white,) * 3)], photometric="rgb")
+        )
+        assert f"from 0 to {white}, a range that is read for grey alone" in said
+    same = open_picture(
+        tiff(levels, [(340, "H", 3, (0,) * 3), (341, "H", 3, (65535,) * 3)], photometric="rgb")
+    )
+    np.testing.assert_array_equal(same, levels >> 8)
+
+
+def chunk(kind: bytes, data: bytes, damage: int = 0) -> bytes:
+    """A chunk of a PNG; with `damage`, its check sum is wrong."""
+    total = zlib.crc32(kind + data) ^ damage
+    return len(data).to_bytes(4, "big") + kind + data + total.to_bytes(4, "big")
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        chunk(b"tEXt", b"a\0b", 1),
+        chunk(b"gAMA", bytes(4), 1),
+        chunk(b"gAMA", b""),
+        chunk(b"cHRM", b"ab"),
+        chunk(b"pHYs", b"ab"),
+        chunk(b"sRGB", b""),
+        chunk(b"iCCP", b"abc"),
+        chunk(b"eXIf", b"abc", 1),
+        chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(3_000_000))),
+        chunk(b"iTXt", b"workflow\0\1\0\0\0" + zlib.compress(bytes(3_000_000))),
+    ],
+)
+def test_a_pngs_optional_chunks_never_cost_the_picture(broken: bytes) -> None:
+    image, expected = palette(samples(20, 30, 4, smooth=False))
+    file = saved(image, "PNG", 6)
+    np.testing.assert_array_equal(open_picture(file[:33] + broken + file[33:]), UPRIGHT[6](expected))
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    file = stream.getvalue()  # without EXIF
+    xmp = chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation='3'/>")
+    np.testing.assert_array_equal(open_picture(file[:33] + broken + xmp + file[33:]), UPRIGHT[3](expected))
+
+
+def test_a_pngs_damaged_pixels_are_no_optional_chunk() -> None:
+    file = bytearray(saved(rgb(samples(20, 30, 4, smooth=False))[0], "PNG"))
+    file[20] ^= 1  # the width
+    assert "not a picture that can be read" in refused(bytes(file))
+
+
 def test_transparent_greys_of_every_depth() -> None:
     for depth in (1, 2, 4, 8, 16):
         levels = np.arange(4) % 2**depth if depth < 8 else np.array([0, 5, 130, 255])
@@ -491,6 +549,9 @@ def test_xmp_says_it_where_exif_does_not() -> None:
     file = io.BytesIO()
     image.save(file, "WEBP", lossless=True, xmp=b'<x tiff:Orientation="8"/>')
     np.testing.assert_array_equal(open_picture(file.getvalue()), UPRIGHT[8](expected))
+    for packet in ("tiff:Orientation='8'", 'tiff:Orientation = "8"', "\ud800<tiff:Orientation>\n8<"):
+        image.info["xmp"] = packet
+        np.testing.assert_array_equal(open_picture(image), UPRIGHT[8](expected))
 
 
 def test_an_opened_file_is_turned_as_the_file_is() -> None:
@@ -511,6 +572,20 @@ def test_a_jpeg_without_its_last_two_bytes_is_whole(height: int, progressive: bo
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         np.testing.assert_array_equal(open_picture(data[:-2]), open_picture(data))
+
+
+@pytest.mark.parametrize("options", [{}, {"restart_marker_rows": 1}, {"progressive": True}])
+def test_a_jpeg_whose_end_is_nul(options: dict[str, object]) -> None:
+    """As a file has it that was given its size before a transfer broke off."""
+    image, _ = rgb(samples(600, 400, 4, smooth=False))
+    file = saved(image, "JPEG", 1, quality=85, **options)
+    whole, cut = open_picture(file), len(file) * 99 // 100
+    with pytest.warns(PictureWarning, match="of its 600 rows are missing") as noted:
+        found = open_picture(file[:cut] + bytes(len(file) - cut))
+    missing = int(str(noted[0].message).split(": ")[1].split()[0])
+    assert 0 < missing < 60
+    np.testing.assert_array_equal(found[: 600 - missing], whole[: 600 - missing])
+    np.testing.assert_array_equal(open_picture(file + bytes(999)), whole)
 
 
 def test_a_progressive_jpeg_may_lack_some_of_its_last_scan_and_no_other() -> None:
@@ -696,6 +771,10 @@ FOREIGN = {
     "Git LFS": b"version https://git-lfs.github.com/spec/v1\noid",
     "DICOM": bytes(128) + b"DICM\2\0",
     "OpenEXR": b"\x76\x2f\x31\x01\2\0\0\0",
+    "PAM": b"P7\nWIDTH 1\nHEIGHT 1\n",
+    "PFM picture in colour": b"PF\n1 1\n-1.0\n",
+    "PCX": b"\n\5\1\x08\0\0",
+    "SGI": b"\x01\xda\x01\1\0\3",
 }
 
 
@@ -716,7 +795,9 @@ def test_markup_without_end_is_no_riddle() -> None:
 @pytest.mark.parametrize("format", ["PCX", "SGI", "TGA", "IM", "DIB", "SPIDER"])
 def test_other_formats_of_pillows_are_not_read(format: str) -> None:
     image = Image.new("F" if format == "SPIDER" else "RGB", (20, 20))
-    assert "is not a picture that can be read, expected JPEG, PNG," in refused(plain(image, format))
+    named = {"PCX": "is a PCX picture, which", "SGI": "is an SGI picture, which"}
+    said = named.get(format, "is not a picture that can be read, expected JPEG, PNG,")
+    assert said in refused(plain(image, format))
 
 
 def test_no_other_program_is_run(tmp_path, monkeypatch) -> None:
@@ -804,6 +885,8 @@ def test_what_is_no_source() -> None:
         (torch.zeros(3, 4, 5), "the tensor is float32 of shape (3, 4, 5)"),
         (torch.zeros(3, 4, 3, dtype=torch.uint8), "both ways"),
         (torch.zeros(4, 5, dtype=torch.uint8), "uint8 of shape (4, 5)"),
+        (torch.zeros(4, 5, 3, dtype=torch.uint8).to_sparse(), "the tensor cannot be read"),
+        (torch.zeros(4, 5, 3, dtype=torch.uint8, device="meta"), "the tensor cannot be read"),
         (np.zeros((4, 5), np.uint8), "uint8 of shape (4, 5), expected uint8 (H, W, 3)"),
         (np.zeros((4, 5, 3)), "float64"),
         ([1, 2], "of type list"),
@@ -823,6 +906,47 @@ def test_what_is_no_source() -> None:
 
 def test_an_endless_device() -> None:
     assert refused("/dev/zero") == "/dev/zero is not a regular file"
+
+
+@pytest.mark.parametrize("buffering", [0, -1])
+def test_a_pipe(buffering: int) -> None:
+    image, expected = rgb(samples(300, 400, 4, smooth=False))  # more than a pipe holds
+    data = saved(image, "PNG")
+    reader, writer = os.pipe()
+
+    def write() -> None:
+        with os.fdopen(writer, "wb") as file:
+            file.write(data)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    with os.fdopen(reader, "rb", buffering) as file:
+        np.testing.assert_array_equal(open_picture(file), expected)
+    thread.join()
+
+
+class Reader:
+    """All that is asked of a file object."""
+
+    def __init__(self, result: object) -> None:
+        self._result = result
+
+    def read(self, size: int = -1) -> object:
+        if isinstance(self._result, Exception):
+            raise self._result
+        return self._result
+
+
+def test_an_object_that_reads() -> None:
+    image, expected = rgb(samples(7, 5, 4, smooth=False))
+    data = saved(image, "PNG")
+    for read in (data, bytearray(data), memoryview(data)):
+        np.testing.assert_array_equal(open_picture(Reader(read)), expected)  # type: ignore[arg-type]
+    assert "does not wait" in refused(Reader(None))
+    assert "cannot be read: -3" in refused(Reader(zlib.error(-3)))
+    assert "opened as text" in refused(Reader("text"))
+    assert "cannot be read" in refused(io.BytesIO)  # the class
+    assert refused(Reader(b"")) == "the picture is empty, expected a picture"
 
 
 def test_a_closed_file(tmp_path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import fakes
 import pytest
 import sentencepiece
+import tiny
 from tokenizers import (
     AddedToken,
     Regex,
@@ -24,6 +25,7 @@ from tokenizers import (
     trainers,
 )
 from transformers import (
+    AutoTokenizer,
     LlamaTokenizer,
     LlamaTokenizerFast,
     PreTrainedTokenizerBase,
@@ -349,6 +351,21 @@ def test_llamas_tokenizer_json(tmp_path: Path, llama: bytes, files: dict[str, An
     assert load(folder)[1:] == (bos, 2)
     assert differing(ids(ours), ids(fast)) == []
     assert differing(ids(ours, special=False), ids(slow, special=False)) == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"bos_token": None}, {"bos_token": "<other>"}, {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<s>"}],
+)
+def test_the_opening_is_what_tokenizer_json_says(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Where the class leaves it to the file, so does transformers, whatever it calls its ``bos_token``."""
+    tiny.make_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    raw = json.loads(path.read_bytes())
+    path.write_text(json.dumps(raw | settings))
+    (tmp_path / "special_tokens_map.json").unlink(missing_ok=True)
+    opening = AutoTokenizer.from_pretrained(tmp_path)("a").input_ids[0]
+    assert load(tmp_path)[1] == opening == 1
 
 
 def test_normalized_end_in_tokenizer_json(tmp_path: Path, llama: bytes) -> None:

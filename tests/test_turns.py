@@ -102,6 +102,15 @@ def test_a_question_of_other_bytes_than_utf8_is_refused():
         Question.parse(b"What \xff?".decode(errors="surrogateescape"), HINT)
 
 
+@pytest.mark.parametrize("question", [None, 3, b"What?", ["What?"], ("What?",)])
+def test_what_is_no_text_is_no_question(question):
+    bundle = fakes.make_bundle()
+    with pytest.raises(QuestionError, match=f"of type {type(question).__name__}, expected text"):
+        Turns(bundle.manifest, bundle.tokenizer, question)
+    with pytest.raises(QuestionError, match=f"of type {type(question).__name__}, expected text"):
+        Question(question, "What?")
+
+
 def test_an_empty_hint_adds_nothing():
     assert Question.parse("What?", "") == Question("What?", "What?")
 

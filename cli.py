@@ -94,6 +94,7 @@ app = typer.Typer(
 )
 
 SPINNER_AFTER = 2.0  # seconds
+SHOWN = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PDF")  # that Pillow writes without another library
 LONGEST = 2000  # characters of a sentence on stderr: a name in it is as long as who gave it likes
 
 _Device = Annotated[
@@ -1116,7 +1117,7 @@ def _check_show(path: Path, picture: str, questions: list[str]) -> None:
 
     if len(questions) > 1:
         raise InputError(f"--show draws one answer, {len(questions)} questions were given")
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+    if Image.registered_extensions().get(path.suffix.lower()) not in SHOWN:
         raise InputError(
             f"--show {path}: {path.suffix or 'no suffix'} names no picture format, expected .png"
         )

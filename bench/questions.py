@@ -283,7 +283,7 @@ def _mmbench(data: Path) -> Benchmark:
             if not cell:
                 raise InputError(f"{where}: its image is empty, expected base64, or the index of another row")
             try:
-                pictures[cell] = Encoded(base64.b64decode(cell, validate=True))
+                pictures[cell] = Encoded(base64.b64decode("".join(cell.split()), validate=True))
             except ValueError as error:  # binascii's is one
                 raise InputError(f"{where}: its image is not in base64: {error}") from None
         cells[int(index)] = cell

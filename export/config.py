@@ -25,6 +25,7 @@ Size = Annotated[int, Meta(ge=1, le=1 << 24)]
 Layers = Annotated[int, Meta(ge=1, le=LAYERS)]
 LayerIndex = Annotated[int, Meta(ge=-1024, le=1024)]
 Id = Annotated[int, Meta(ge=-1, le=1 << 24)]  # -1: none
+Context = Annotated[int, Meta(ge=1, le=1 << 20)]  # of which the graph holds two tables
 Positive = Annotated[float, Meta(gt=0, le=1e15)]
 Name = Annotated[str, Meta(max_length=200)]
 _Number = Annotated[int, Meta(ge=-(1 << 24), le=1 << 24)] | Annotated[float, Meta(ge=-1e15, le=1e15)]
@@ -76,7 +77,7 @@ class TextConfig(Struct):
     num_attention_heads: Size | UnsetType = UNSET
     num_key_value_heads: Size | UnsetType | None = UNSET
     head_dim: Size | UnsetType | None = UNSET
-    max_position_embeddings: Size | UnsetType = UNSET
+    max_position_embeddings: Context | UnsetType = UNSET
     hidden_act: Name | UnsetType = UNSET
     rms_norm_eps: Positive | UnsetType = UNSET
     rope_theta: Positive | UnsetType | None = UNSET

@@ -25,7 +25,8 @@ Damage: a picture may lack a tenth of its rows, as one does whose transfer broke
 how many. They are measured: rows are missing that decode differently when something else follows the file's
 end (JPEG), or when something else was in memory before (other formats). Of a JPEG in several scans, the last
 one has to have begun. WebP, AVIF and HEIC, which are decoded as a whole, have to be complete, and so have
-pictures of more than `WHOLE_LIMIT` pixels. A PNG's optional chunks that are damaged are left out.
+pictures of more than `WHOLE_LIMIT` pixels. A PNG's optional chunks that are damaged are left out. A JPEG that
+is damaged in its middle is decoded as libjpeg does, without a warning: Pillow does not pass on libjpeg's.
 
 Memory: sides and pixels are checked before anything is decoded. Decoding takes Pillow's picture, 4 bytes a
 pixel, and what its decoder keeps; converting takes Pillow's picture and the result, 3 bytes a pixel. The

@@ -71,7 +71,7 @@ def parse(text: str) -> Device | None:
     if text == "auto":
         return None
     kinds = "|".join(get_args(Kind))
-    found = re.fullmatch(rf"({kinds})(?::(\d{{1,3}}))?", text)
+    found = re.fullmatch(rf"({kinds})(?::(\d{{1,3}}))?", text) if isinstance(text, str) else None
     if found is None or (found[1] == "cpu" and found[2]):
         raise DeviceError(
             f"unknown device {text!r:.60}: expected auto, cpu, cuda[:N], tensorrt[:N] or tensorrt-rtx[:N]"

@@ -277,6 +277,8 @@ def test_show_in_a_format_that_takes_no_such_picture(photo, bundle, tmp_path):
         ("x" * 300 + "/out.png", "does not exist"),
         ("none/out.png", "does not exist"),
         ("out.xyz", ".xyz names no picture format"),
+        ("out.h5", ".h5 names no picture format"),
+        ("out.grib", ".grib names no picture format"),
         ("out", "no suffix"),
     ],
 )

@@ -293,6 +293,14 @@ def test_a_sample_is_what_the_runtime_asks() -> None:
     )
 
 
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path, files: Files) -> None:
+    expected, _ = build(tmp_path, files)
+    for path in (tmp_path / "in").iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    dataset.build(tmp_path / "in", tmp_path / "marked")
+    assert samples(tmp_path / "marked") == expected
+
+
 def test_other_spellings_are_the_same(tmp_path: Path, files: Files) -> None:
     expected, _ = build(tmp_path, files)
 

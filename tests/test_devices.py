@@ -69,9 +69,9 @@ def test_a_device_is_named(text: str, expected: Device | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "gpu", "cuda:", "cuda:-1", "cuda:1000", "cpu:0", "CUDA", "cuda:1 ", "cuda:1\n"]
+    "text", ["", "gpu", "cuda:", "cuda:-1", "cuda:1000", "cpu:0", "CUDA", "cuda:1 ", "cuda:1\n", None, 3]
 )
-def test_no_device_is_called_that(text: str) -> None:
+def test_no_device_is_called_that(text: Any) -> None:
     with pytest.raises(
         DeviceError, match=r"^unknown device .*: expected auto, cpu, cuda\[:N\], tensorrt\[:N\] or"
     ):

@@ -238,6 +238,14 @@ def test_mmbench_has_context_and_rotations(here: Path) -> None:
     assert [of.id for of in benchmark.first(1)] == [7, 1_000_007, 2_000_007]
 
 
+def test_mmbench_pictures_may_have_line_breaks(here: Path) -> None:
+    path = benchmarks.mmbench(here) / "mmbench_dev_20230712.tsv"
+    expected = questions.read("mmbench", here)
+    table(path, lambda row: row.update(image=re.sub("(.{76})", r"\1\n", row["image"])))
+    assert path.read_text().count("\n") > 20
+    assert questions.read("mmbench", here) == expected
+
+
 @pytest.mark.parametrize("nothing", ["", "nan", "NaN", "None", "NA"])
 def test_mmbench_options_end_at_nothing(nothing: str, here: Path) -> None:
     path = benchmarks.mmbench(here) / "mmbench_dev_20230712.tsv"

@@ -580,6 +580,11 @@ def test_sizes_that_are_none(
         ("text_config", {"max_position_embeddings": 10**30}, "max_position_embeddings: expected `int` <= "),
         (
             "text_config",
+            {"max_position_embeddings": 2**24},
+            "max_position_embeddings: expected `int` <= 1048576",
+        ),
+        (
+            "text_config",
             {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
             "rope type 'dynamic' changes with",
         ),

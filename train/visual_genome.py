@@ -9,6 +9,7 @@ question with a bad object.
 
 from __future__ import annotations
 
+import codecs
 import json
 import lzma
 import marshal
@@ -288,11 +289,13 @@ def _records(path: Path, stream: IO[bytes], opens: str) -> Iterator[Any]:
     """The elements of the list, or the pairs of the object, that the whole file is."""
     count = 0
     try:
-        start = stream.read(64).lstrip()[:1].decode("latin-1")
+        head = stream.read(64)
+        mark = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
+        start = head[mark:].lstrip()[:1].decode("latin-1")
         if start != opens:
             kind = "a list" if opens == "[" else "an object"
             raise InputError(f"{path}: begins with {start!r}, expected {kind} in JSON")
-        stream.seek(0)
+        stream.seek(mark)
         read = ijson.items if opens == "[" else ijson.kvitems
         # numbers as they are: a double's are an error of the whole file where one is too large
         for entry in read(_Shallow(path, stream), "item" if opens == "[" else ""):

@@ -327,10 +327,10 @@ def export(
         source = checkpoint if random is None else shapes.named(random)
         if source is None:
             raise ExportError("nothing to export was given, expected a CHECKPOINT or --random SHAPE")
-        from dualfocus.runtime.files import naming, with_parents
+        from dualfocus.runtime.files import with_parents
 
         try:
-            with _progress() as watch, with_parents(out), naming(out):
+            with _progress() as watch, with_parents(out):
                 export_bundle(
                     source,
                     out,
@@ -425,8 +425,8 @@ def inspect(
 
             parts, opening = measure(bundle)
         if as_json:
-            told = {"budget": parts, "opening_ms": opening} if budget else {}
-            _print_json(manifest.to_dict() | told, indent=2)
+            measured = {"budget": parts, "opening_ms": opening} if budget else {}
+            _print_json(manifest.to_dict() | measured, indent=2)
         else:
             is_packed = packed.find(bundle, digest) is not None
             _print_manifest(manifest, parts, opening, verified=verify, is_packed=is_packed)
@@ -456,7 +456,6 @@ def pack(
         from dualfocus.runtime import bundle as bundles
         from dualfocus.runtime import devices, packed, registry
         from dualfocus.runtime.errors import DeviceError
-        from dualfocus.runtime.files import naming
 
         manifest, digest = bundles.read_manifest(bundle)
         chosen = registry.choose(devices.parse(device), manifest.target)
@@ -469,12 +468,12 @@ def pack(
             from dualfocus.export.tensorrt import build_engines
             from dualfocus.runtime.tensorrt import LIBRARY, VERSION
 
-            with _progress() as watch, naming(bundle):
+            with _progress() as watch:
                 folder = build_engines(bundle, index=chosen.index, watch=watch)
             alone = f"{chosen} and {LIBRARY} {VERSION} alone"
         else:
             waiting = _Waiting()
-            with waiting, naming(bundle), _cleaning_up():
+            with waiting, _cleaning_up():
                 waiting.say("packing")
                 folder = packed.pack(bundle, manifest, digest, chosen)
             alone = "this machine and ONNX Runtime alone"
@@ -938,19 +937,15 @@ def _watched(stream: TextIO | None) -> bool:
 def _errors() -> Iterator[None]:
     """What a user gave, or this machine has, and cannot be used ends the command with one sentence.
 
-    What libraries would say beside it is not shown.
+    What libraries would print as well is not shown.
     """
-    import logging
-
     from dualfocus.runtime.errors import InputError, PictureWarning
+    from dualfocus.runtime.libraries import quiet
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model says what not every terminal's encoding has
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             warnings.simplefilter("default", PictureWarning)
             yield
             if sys.stdout is not None:
@@ -964,8 +959,6 @@ def _errors() -> Iterator[None]:
     except OSError as error:
         _say_unwritten(error)
         raise typer.Exit(2) from None
-    finally:
-        logging.disable(before)
 
 
 @contextmanager

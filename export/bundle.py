@@ -21,10 +21,11 @@ from typing import Any
 import msgspec
 
 from dualfocus.export import config, source
-from dualfocus.export.errors import ExportError, quiet
+from dualfocus.export.errors import ExportError
 from dualfocus.export.shapes import Shape
 from dualfocus.runtime import contents
 from dualfocus.runtime.files import claimed, sync, sync_one
+from dualfocus.runtime.libraries import quiet
 from dualfocus.runtime.manifest import CacheType, CoordinateSpace, Manifest, Precision, Target
 
 # What an export writes, and what is made of a bundle in its folder (`runtime.packed`, `runtime.tensorrt`).
@@ -61,9 +62,9 @@ def export_bundle(
     Given a `Shape`, its model of random weights instead, which is never written as a checkpoint.
 
     A bundle already at `out` is replaced, and other files in its folder are kept; a non-empty folder without
-    a bundle is left alone. With `target`
-    "onnx-standard" the decoder is written in operators of the standard alone; `cache` is what it keeps keys
-    and values in. `ragged_append` gives the decoder the input that ONNX Runtime before 1.32 does not know.
+    a bundle is left alone. With `target` "onnx-standard" the decoder is written in operators of the standard
+    alone; `cache` is what it keeps keys and values in. `ragged_append` gives the decoder the input that ONNX
+    Runtime before 1.32 does not know.
     `coordinates` and `vision_tower` override what the checkpoint says (`checkpoint.describe`,
     `checkpoint.load`); `revision` is the Hub's. With `resume`, an export to `out` that was interrupted goes
     on, if there is one. `progress` gets one line per comparison with torch, and what fewer bits changed;

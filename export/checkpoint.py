@@ -49,10 +49,11 @@ from dualfocus import __version__
 from dualfocus.export import config as files
 from dualfocus.export import decoder, hub, source
 from dualfocus.export.config import ImageProcessor, lengths
-from dualfocus.export.errors import ExportError, foreign, printable, quiet
+from dualfocus.export.errors import ExportError
 from dualfocus.export.tokenizer import load as load_tokenizer
 from dualfocus.export.weights import FLOATS, Renames, StoredWeights, Weights, places
 from dualfocus.runtime.errors import BundleError
+from dualfocus.runtime.libraries import foreign, printable, quiet
 from dualfocus.runtime.manifest import (
     FORMAT_VERSION,
     ON_DEVICE,
@@ -222,7 +223,7 @@ def _hugging_face(folder: Path) -> _Parts:
 
 def _described(folder: Path) -> AbstractContextManager[None]:
     """Raise ExportError where transformers makes no model of the configuration, whatever it raises."""
-    return foreign(f"{folder / 'config.json'} describes no model")
+    return foreign(f"{folder / 'config.json'} describes no model", ExportError)
 
 
 def _vision_config(folder: Path, raw: dict[str, Any]) -> PretrainedConfig:
@@ -246,7 +247,7 @@ def _vision_config(folder: Path, raw: dict[str, Any]) -> PretrainedConfig:
     for name, value in plain.items():
         if "layers" in name and isinstance(value, int) and value > most:
             raise ExportError(f"{path}: {name} of the vision tower is {value}, expected at most {most}")
-    with foreign(f"{path} describes no vision tower"):
+    with foreign(f"{path} describes no vision tower", ExportError):
         return make(**plain)
 
 
@@ -513,7 +514,7 @@ def _image(checkpoint: Checkpoint) -> dict[str, Any]:
     for key in ("image_mean", "image_std"):
         if getattr(processor, key) is UNSET:
             raise ExportError(f"preprocessor_config.json: {key} is missing")
-    with foreign("the configuration selects no features of the tower"):
+    with foreign("the configuration selects no features of the tower", ExportError):
         features = checkpoint.skeleton.model.get_image_features(torch.zeros(1, 3, size, size, device="meta"))
     return {
         "size": size,
@@ -531,7 +532,7 @@ def _with_end_of_reply(manifest: Manifest, checkpoint: Checkpoint) -> Manifest:
     ExportError where it ends with no special token.
     """
     tokenizer, reply, ends = checkpoint.tokenizer, manifest.prompts.reply, manifest.tokens.eos
-    with foreign("the tokenizer makes no tokens of prompts.reply"):
+    with foreign("the tokenizer makes no tokens of prompts.reply", ExportError):
         found = tokenizer.encode(reply.replace("{answer}", "a"), add_special_tokens=False).ids
     end = found[-1] if found else -1
     if end in ends:

@@ -25,8 +25,9 @@ from transformers.models.llama.tokenization_llama import LlamaTokenizer
 
 from dualfocus.export import config
 from dualfocus.export.config import SpecialTokens, TokenizerFile, TokenizerJson, TokenText
-from dualfocus.export.errors import ExportError, foreign
+from dualfocus.export.errors import ExportError
 from dualfocus.runtime import files
+from dualfocus.runtime.libraries import foreign
 from dualfocus.runtime.tokenizer import parse
 
 MODEL_LIMIT = 64 << 20  # bytes of tokenizer.model; the largest have 5 million
@@ -52,7 +53,7 @@ def load(folder: Path) -> _Loaded:
     name = (settings.tokenizer_class or "LlamaTokenizer").removesuffix("Fast")
     stored = config.read(fast, TokenizerJson, limit=config.INDEX_LIMIT) if fast.exists() else None
     arguments = _arguments(folder, settings, stored)
-    with foreign(f"the tokenizer of {folder} cannot be loaded"):
+    with foreign(f"the tokenizer of {folder} cannot be loaded", ExportError):
         if model.exists() and name == "LlamaTokenizer":
             return _load_slow(model, arguments)
         if stored is None:
@@ -174,7 +175,7 @@ def _convert(slow: LlamaTokenizer) -> Tokenizer:
         prepend = "always"
     else:
         prepend = "first" if slow.tokenize("a")[0].startswith("▁") else "never"
-    with foreign("tokenizer.model cannot be converted"):
+    with foreign("tokenizer.model cannot be converted", ExportError):
         backend: Tokenizer = convert_slow_tokenizer(slow)
     _add(backend, slow.added_tokens_decoder)
     # Metaspace spares a text that begins with its own sign. So spaces become "▁" before one is put in front.

@@ -20,8 +20,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dualfocus.export import config
-from dualfocus.export.errors import ExportError, foreign
+from dualfocus.export.errors import ExportError
 from dualfocus.export.source import WEIGHTS
+from dualfocus.runtime.libraries import foreign
 
 _TORCH = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 FLOATS = tuple(_TORCH.values())  # that are read, as safetensors calls them
@@ -66,9 +67,8 @@ class StoredWeights:
     def read(self, name: str) -> Tensor:
         place = self._places[name]
         self.reads[name] += 1
-        with foreign(
-            f"{place.file}: {place.key} cannot be read"
-        ):  # a file that ends early, or a disk that does
+        # a file that ends early, or a disk that does
+        with foreign(f"{place.file}: {place.key} cannot be read", ExportError):
             tensor = place.read()
         return tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
@@ -137,7 +137,7 @@ def _open_file(path: Path) -> Any:
     is_zip = zipfile.is_zipfile(path)
     if start.startswith(b"PK") and not is_zip:  # whose contents are listed at the end
         raise ExportError(f"{path} cannot be read: its end is missing")
-    with foreign(f"{path} cannot be read"):
+    with foreign(f"{path} cannot be read", ExportError):
         if path.suffix == ".safetensors":
             return safe_open(path, "pt")
         try:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from dualfocus.runtime.errors import BundleError, InputError
 from dualfocus.runtime.files import JSON_LIMIT, convert, decode_json, read_bytes
+from dualfocus.runtime.libraries import foreign
 from dualfocus.runtime.patterns import is_harmless
 
 GROWTH = 64  # characters that all replacements of a file may make of one
@@ -185,12 +186,8 @@ def parse(text: bytes, rows: int, error: type[InputError], name: str) -> Tokeniz
     settings = {key: decode_json(bytes(of), Any, error, name) for key, of in model.items()}
     checked = convert(raw | {"model": settings}, _File, error, name)
     clean = msgspec.json.encode(raw | UNUSED | {"model": settings | tables})
-    try:
+    with foreign(f"{name} is not a tokenizer", error):
         tokenizer: Tokenizer = Tokenizer.from_buffer(clean)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as problem:  # the library raises bare Exception, and panics that are none
-        raise error(f"{name} is not a tokenizer: {str(problem).splitlines()[0]:.200}") from None
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= rows:
         raise error(f"{name} has token ids up to {highest}, expected ids below {rows}")

@@ -120,19 +120,20 @@ def summarise(benchmark: Benchmark, answers: Answers, limit: int | None) -> dict
             f"to the question {missing[0].id!r:.100}: there is no score without them"
         )
     lines = [answers.lines[of.key] for of in asked]
-    told = [line["metadata"] for line in lines if not _is_unanswered(line)]
-    times = [of["ms"] for of in told]
-    shown = [of for of, line in zip(asked, lines, strict=True) if not _is_unanswered(line)]
+    answered = [
+        (of, line["metadata"]) for of, line in zip(asked, lines, strict=True) if not _is_unanswered(line)
+    ]
+    times = [metadata["ms"] for _, metadata in answered]
     scores = _scores(benchmark, asked, lines) if benchmark.scored else {"accuracy": None, "yes_no": {}}
     return {
         "mode": answers.run.mode,
         "questions": len({of.unit for of in asked}),
         "of": benchmark.size,
         **scores,
-        "boxes": None if answers.run.mode == "macro" or not told else _boxes(shown, told),
-        "chosen": dict(Counter(of["chosen"] for of in told)),
-        "fallbacks": sum(of["fallback"] is not None for of in told),
-        "unanswered": len(lines) - len(told),
+        "boxes": None if answers.run.mode == "macro" or not answered else _boxes(answered),
+        "chosen": dict(Counter(metadata["chosen"] for _, metadata in answered)),
+        "fallbacks": sum(metadata["fallback"] is not None for _, metadata in answered),
+        "unanswered": len(lines) - len(answered),
         "mean_ms": round(statistics.mean(times), 2) if times else None,
         "median_ms": round(statistics.median(times), 2) if times else None,
         "notes": list(benchmark.notes),
@@ -204,10 +205,10 @@ def _row(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     return row
 
 
-def _boxes(asked: Sequence[Asked], told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _boxes(answered: Sequence[tuple[Asked, Mapping[str, Any]]]) -> dict[str, Any]:
     """How often there was something to zoom in to, how large it is, and how it fits where that is known."""
     areas, zooms = [], []
-    for of in told:
+    for _, of in answered:
         if of["crop"] is not None:
             (width, height), (x0, y0, x1, y1) = of["size"], of["crop"]
             zooms.append(max(width, height) / max(x1 - x0, y1 - y0))
@@ -216,11 +217,11 @@ def _boxes(asked: Sequence[Asked], told: Sequence[Mapping[str, Any]]) -> dict[st
             areas.append(max(0.0, x1 - x0) * max(0.0, y1 - y0) / (width * height))
     fits = [
         0.0 if of["box"] is None else scorers.iou(of["box"], q.region)
-        for q, of in zip(asked, told, strict=True)
+        for q, of in answered
         if q.region is not None
     ]
     return {
-        "found": scorers.share(len(zooms), len(told)),
+        "found": scorers.share(len(zooms), len(answered)),
         "area": round(statistics.median(areas), 4) if areas else None,
         "zoom": round(statistics.median(zooms), 2) if zooms else None,
         "asked": len(fits),

@@ -29,7 +29,7 @@ from msgspec import Meta
 
 from dualfocus.bench.questions import Asked, Id, Key
 from dualfocus.runtime import FocusResult, InputError
-from dualfocus.runtime.files import naming, to_json
+from dualfocus.runtime.files import naming, sync_one, to_json
 from dualfocus.runtime.image import Picture
 from dualfocus.runtime.prefix_cache import image_name
 from dualfocus.runtime.result import Answer, Mode
@@ -187,7 +187,7 @@ class Answers:
             if self._is_new and not self.lines:
                 self.path.unlink()  # nothing was answered
             else:
-                _sync_name(self.path)
+                sync_one(self.path.resolve().parent)  # its name
 
     def append(self, line: Line) -> None:
         """Take an answer, and have it written before this returns."""
@@ -218,7 +218,7 @@ class Answers:
                 file.flush()
                 os.fsync(file.fileno())
             aside.replace(path)
-            _sync_name(path)
+            sync_one(path.parent)
         self.lines = ordered
 
     def _take(self, path: Path, file: int) -> None:
@@ -270,15 +270,6 @@ class Answers:
             raise InputError(f"{where} is of {_words(found)}, expected {_words(self.run)}")
         checked: Line = line
         return checked
-
-
-def _sync_name(path: Path) -> None:
-    """Bring the file's name to the disk, after a rename or its first writing."""
-    folder = os.open(path.resolve().parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _words(run: Run) -> str:

@@ -83,8 +83,8 @@ def _figures(value: Any, name: str = "") -> Iterator[tuple[str, Mapping[str, flo
                 yield from _figures(of, f"{name} / {key}" if name else key)
     elif isinstance(value, list):
         for i, of in enumerate(value):
-            told = [str(of[key]) for key in NAMES if key in of] if isinstance(of, Mapping) else []
-            yield from _figures(of, f"{name} / {' '.join(told) or i}")
+            names = [str(of[key]) for key in NAMES if key in of] if isinstance(of, Mapping) else []
+            yield from _figures(of, f"{name} / {' '.join(names) or i}")
     elif _is_number(value):
         yield name, {"median": value}
 

@@ -247,10 +247,10 @@ def _seed(data: Path) -> Benchmark:
     annotations = _find(data, "seed_bench", "SEED-Bench.json")
     known = read_json(annotations, _SEED, InputError, limit=LIMIT)
     names = {number: name for name, number in known.question_type.items()}
-    told = {str(entry.question_id): entry for entry in known.questions}
+    answers = {str(entry.question_id): entry for entry in known.questions}
     questions = []
     for where, entry in _lines(path, _SEEDQuestion):
-        answer = told.get(str(entry.question_id))
+        answer = answers.get(str(entry.question_id))
         if answer is None:
             raise InputError(f"{annotations} has no answer to question {entry.question_id!r:.100} of {path}")
         first_line, *options = entry.text.split("\n")

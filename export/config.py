@@ -348,7 +348,7 @@ def shards(index: Path) -> dict[str, str]:
     """The file of every tensor that an index lists. Raises ExportError for what is no file beside it."""
     listed = read(index, Index, limit=INDEX_LIMIT).weight_map
     for file in set(listed.values()):
-        if Path(file).name != file or file in ("", "..") or not file.isprintable():
+        if not files.is_plain_name(file):
             raise ExportError(f"{index} lists {file!r:.200}, expected a file beside it")
     return listed
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from dualfocus.export import config
 from dualfocus.export.config import Described
 from dualfocus.export.errors import ExportError
+from dualfocus.runtime.files import URL
 
 HUGGING_FACE, ORIGINAL = "LlavaForConditionalGeneration", "LlavaLlamaForCausalLM"
 # The first that a checkpoint has holds its weights, or names the files that do: transformers' order.
@@ -23,7 +24,6 @@ WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 _ID = re.compile(r"(?:\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", re.ASCII)
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|data:", re.ASCII)
 _PAGE = re.compile(r"https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", re.ASCII)
 _MERGED = "expected a whole checkpoint: merge it into its base first (merge_and_unload of peft)"
 _EXPECTED = f"expected LLaVA's: {HUGGING_FACE} or {ORIGINAL}"
@@ -103,7 +103,7 @@ def check_given(source: str, revision: str | None = None) -> None:
         return
     if page := _PAGE.match(source):
         raise ExportError(f"{source:.200} is a URL, expected the model's id on the Hub: {page[1]}")
-    if _URL.match(source):
+    if URL.match(source) or source.startswith("data:"):
         raise ExportError(f"{source:.60} is a URL, expected a checkpoint's folder or its id on the Hub")
     if source.lower().endswith(".gguf"):
         raise ExportError(f"{source:.200} does not exist, and a GGUF file could not be exported: {_GGUF}")
@@ -181,7 +181,7 @@ def kind_of_files(names: Collection[str]) -> str | None:
     """What a folder with files of these `names` is where it is no checkpoint, as a sentence's end."""
     given, weights = set(names), ", ".join(WEIGHTS)
     if "manifest.json" in given and given & {"decoder.onnx", "vision.onnx"}:
-        return "is a bundle, exported already: ask it with --model, expected a checkpoint's folder"
+        return "is a bundle, exported already: ask it with --bundle, expected a checkpoint's folder"
     for name, method in (("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ")):
         if name in given:
             return quantized(method)

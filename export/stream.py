@@ -32,6 +32,7 @@ from dualfocus.export.rotate import Rotation
 from dualfocus.export.verify import Difference, TorchDecoder, Trial
 from dualfocus.export.vision import PARTS, export_vision, read_tower, store_vision
 from dualfocus.runtime.engines import Floats
+from dualfocus.runtime.files import empty
 from dualfocus.runtime.manifest import ON_DEVICE, Manifest
 
 Watch = Callable[[str, int, int], object]  # what is being done, how many weights are done, and of how many
@@ -107,8 +108,7 @@ class Export:
                     "without --resume"
                 )
             return
-        for path in self._folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        empty(self._folder)
         if self._is_exact:  # else it stays 0, so that what two exports tell of rounding can be compared
             self._seed = int.from_bytes(os.urandom(4))
         note.write_text(json.dumps(told | {"seed": self._seed}), encoding="utf-8")

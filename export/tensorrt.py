@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from dualfocus.export.errors import ExportError
 from dualfocus.runtime import contents, graph
 from dualfocus.runtime.bundle import read_manifest
@@ -92,7 +90,7 @@ def build_engines(
         built_for = Gpu("any", gpu.capability) if IS_RTX else gpu
         files = {name: entry for name, entry in contents.entries(new).items() if name in profiles}
         note = Note(digest, LIBRARY, VERSION, built_for, reach, files)
-        (new / NOTE).write_bytes(msgspec.json.format(msgspec.json.encode(note)) + b"\n")
+        contents.write_note(new, NOTE, note)
     return folder
 
 

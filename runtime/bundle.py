@@ -26,7 +26,7 @@ from dualfocus.runtime.devices import Device
 from dualfocus.runtime.embeddings import DeviceEmbeddings, Embeddings, HostEmbeddings, open_table
 from dualfocus.runtime.engines import Array, Decoder, DeviceDecoder, HostDecoder, VisionEncoder
 from dualfocus.runtime.errors import BundleError
-from dualfocus.runtime.files import decode_json, read_bytes
+from dualfocus.runtime.files import URL, decode_json, read_bytes
 from dualfocus.runtime.geometry import Crop
 from dualfocus.runtime.grammar import BoxGrammar
 from dualfocus.runtime.image import Picture, view, view_on_device
@@ -142,7 +142,7 @@ def read_manifest(path: Path | str) -> tuple[Manifest, str]:
     """
     given = str(path)
     if isinstance(path, Path):  # which makes one slash of two
-        given = re.sub(r"^([a-zA-Z][a-zA-Z0-9+.-]+:/)(?=[^/])", r"\1/", given)
+        given = re.sub(rf"^({URL.pattern})(?=[^/])", r"\1/", given)
     path = Path(path)
     if not given or not os.path.lexists(path / MANIFEST):
         raise foreign.refusal(given)

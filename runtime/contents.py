@@ -9,11 +9,15 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol, TypeVar
+
+import msgspec
 
 from dualfocus.runtime.errors import BundleError
-from dualfocus.runtime.files import claimed, sync
-from dualfocus.runtime.manifest import FileEntry
+from dualfocus.runtime.files import claimed, is_plain_name, read_json, sync
+from dualfocus.runtime.manifest import FileEntry, Files
 
+NOTE_LIMIT = 1 << 20  # bytes
 HASHED_BYTES = 64_000_000  # of what is opened, hashed at every opening; the whole by `inspect --verify`
 
 
@@ -43,7 +47,7 @@ def find(folder: Path, name: str) -> Path:
 
     Links of the Hub's cache, from a snapshot to its blobs, are followed.
     """
-    if Path(name).name != name or name == ".." or not name.isprintable():
+    if not is_plain_name(name):
         raise BundleError(f"{folder} lists {name!r:.80}, expected a plain file name")
     path = folder / name
     if path.is_symlink():
@@ -56,7 +60,7 @@ def find(folder: Path, name: str) -> Path:
 
 
 def verify(folder: Path, files: Mapping[str, FileEntry], most: float = math.inf) -> None:
-    """Raise BundleError if one of the `files` of `folder` does not have the hash listed.
+    """Raise BundleError if one of the `files` of `folder`, all of which are there, has not the hash listed.
 
     The smallest are read first, and no more than `most` bytes in all.
     """
@@ -73,6 +77,27 @@ def _digest(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}") from None
+
+
+class Noted(Protocol):
+    """A note that was written into a folder last, about the others of its files."""
+
+    @property
+    def files(self) -> Files: ...
+
+
+N = TypeVar("N", bound=Noted)
+
+
+def write_note(folder: Path, name: str, note: Noted) -> None:
+    """Write the `note` about the files of `folder` as the JSON file `name`."""
+    (folder / name).write_bytes(msgspec.json.format(msgspec.json.encode(note)) + b"\n")
+
+
+def read_note(path: Path, folder: str, name: str, kind: type[N]) -> tuple[Path, N]:
+    """The `folder` of the bundle at `path`, and the note `name` in it, a dataclass. Raises BundleError."""
+    found = find(path, folder)
+    return found, read_json(find(found, name), kind, BundleError, limit=NOTE_LIMIT)
 
 
 @contextmanager

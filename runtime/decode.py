@@ -224,14 +224,7 @@ def _open(file: bytes, name: str) -> Image.Image:
     if file[4:8] == b"ftyp":  # AVIF stores its orientation itself: Pillow need not read its EXIF, and fail
         file = _EXIF_ITEM.sub(rb"\1free", file)
     try:
-        try:
-            image = Image.open(io.BytesIO(file), formats=formats.READ)
-        except (Image.DecompressionBombError, MemoryError):
-            raise
-        except Exception:
-            if not file.startswith(_PNG):
-                raise
-            image = Image.open(io.BytesIO(_without_extras(file)), formats=formats.READ)
+        image = _open_with_pillow(file)
     except Image.DecompressionBombError:
         raise _too_large(name, min(PIXEL_LIMIT, 2 * (Image.MAX_IMAGE_PIXELS or PIXEL_LIMIT))) from None
     except MemoryError:
@@ -250,6 +243,18 @@ def _open(file: bytes, name: str) -> Image.Image:
         raise PictureError(f"{name} is not a picture that can be read, expected {formats.NAMES}") from None
     _check_size(image.size, image.format, name)
     return image
+
+
+def _open_with_pillow(file: bytes) -> Image.Image:
+    """Raises whatever Pillow does."""
+    try:
+        return Image.open(io.BytesIO(file), formats=formats.READ)
+    except (Image.DecompressionBombError, MemoryError):
+        raise
+    except Exception:
+        if not file.startswith(_PNG):
+            raise
+    return Image.open(io.BytesIO(_without_extras(file)), formats=formats.READ)
 
 
 def _without_extras(png: bytes) -> bytes:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,7 @@ import msgspec.inspect
 from dualfocus.runtime.errors import InputError
 
 T = TypeVar("T")
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # how one begins; also with a slash lost, as `Path` loses it
 JSON_LIMIT = 64 << 20  # bytes: tokenizer.json, the largest JSON file of a model, has 10 to 30 million
 
 
@@ -203,6 +205,17 @@ def _claim(folder: Path, error: type[InputError]) -> int:
         except FileNotFoundError:
             pass
         os.close(handle)  # who held it has removed the folder since: make it again
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether `name` names a file of a folder: nothing elsewhere, and not the folder itself."""
+    return Path(name).name == name and name not in ("", "..") and name.isprintable()
+
+
+def empty(folder: Path) -> None:
+    """Remove what is in the folder. Links are removed, and what they lead to stays."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def sync(folder: Path) -> None:

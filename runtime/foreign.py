@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dualfocus.runtime.errors import BundleError, InputError
-from dualfocus.runtime.files import read_json
+from dualfocus.runtime.files import URL, read_json
 
 Found = tuple[str, str]  # what it is, and the next step
 
@@ -58,7 +58,7 @@ def _name(given: str) -> Found:
         return "empty", _FOLDER
     if given.startswith("data:"):
         return "a data: URL", _FOLDER
-    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", given):
+    if URL.match(given):
         return "a URL", "download the bundle, and give its folder"
     path = Path(given)
     if os.path.isdir(path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,7 +104,7 @@ def _read(path: str) -> bytes:
         raise PictureError(
             "a data: URI was given as a picture, expected a file name: decode it and give the bytes"
         )
-    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", path) and not os.path.exists(path):
+    if files.URL.match(path) and not os.path.exists(path):
         raise PictureError(f"{_shown(path)} is a URL, expected a file name: download the picture first")
     if os.path.isdir(path):
         bundle = os.path.exists(os.path.join(path, "manifest.json"))

@@ -18,22 +18,17 @@ import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-import msgspec
+from typing import Any
 
 from dualfocus import kernels
 from dualfocus.runtime import contents, devices, graph
 from dualfocus.runtime.contents import HASHED_BYTES
 from dualfocus.runtime.devices import CPU, Device, Kind
 from dualfocus.runtime.errors import BundleError
-from dualfocus.runtime.files import read_json
 from dualfocus.runtime.manifest import ON_DEVICE, Files, Manifest
 
-T = TypeVar("T")
 FOLDERS: dict[Kind, str] = {"cpu": "packed", "tensorrt-rtx": "packed-rtx"}
 NOTE = "packed.json"  # written last
-NOTE_LIMIT = 1 << 20  # bytes
 CACHE = "cache"  # of compiled kernels, which come with use
 
 
@@ -73,7 +68,7 @@ def pack(path: Path, manifest: Manifest, digest: str, device: Device = CPU) -> P
         for name in (graph.VISION, graph.DECODER):
             save_packed(path / name, new / name, device, half=manifest.target in ON_DEVICE)
         note = Note(_made_for(digest, device), contents.entries(new))
-        (new / NOTE).write_bytes(msgspec.json.format(msgspec.json.encode(note)) + b"\n")
+        contents.write_note(new, NOTE, note)
     return folder
 
 
@@ -85,7 +80,7 @@ def find(path: Path, digest: str, device: Device = CPU) -> tuple[Path, Files] | 
     if device.kind not in FOLDERS or not os.path.isdir(path / FOLDERS[device.kind]):
         return None
     try:
-        folder, note = _read(path, FOLDERS[device.kind], NOTE, Note)
+        folder, note = contents.read_note(path, FOLDERS[device.kind], NOTE, Note)
         if note.made_for != _made_for(digest, device):
             return None
         contents.check(folder, note.files)
@@ -103,16 +98,11 @@ def verify(path: Path) -> None:
     for name, note in ((FOLDERS["cpu"], NOTE), (FOLDERS["tensorrt-rtx"], NOTE), ("engines", "engines.json")):
         if os.path.lexists(path / name):
             try:
-                folder, made = _read(path, name, note, _Made)
+                folder, made = contents.read_note(path, name, note, _Made)
                 contents.check(folder, made.files)
                 contents.verify(folder, made.files)
             except BundleError as error:
                 raise BundleError(f"{error}: make it again with `dualfocus pack {path}`") from None
-
-
-def _read(path: Path, folder: str, note: str, kind: type[T]) -> tuple[Path, T]:
-    found = contents.find(path, folder)
-    return found, read_json(contents.find(found, note), kind, BundleError, limit=NOTE_LIMIT)
 
 
 def _made_for(digest: str, device: Device) -> dict[str, Any]:

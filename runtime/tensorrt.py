@@ -26,7 +26,6 @@ from dualfocus.runtime.calls import Call, DeviceGraphDecoder
 from dualfocus.runtime.devices import Device
 from dualfocus.runtime.engines import Array, DeviceLogits, TokenIds, address
 from dualfocus.runtime.errors import BundleError, DeviceError, EngineError
-from dualfocus.runtime.files import read_json
 from dualfocus.runtime.manifest import Count, DecoderSpec, Files, ImageSpec
 
 try:
@@ -148,8 +147,7 @@ def _note(path: Path) -> Note:
     if not os.path.lexists(path / FOLDER / NOTE):
         raise BundleError(f"{path} has no engines: {_rebuild(path)}")
     try:
-        folder = contents.find(path, FOLDER)
-        note = read_json(contents.find(folder, NOTE), Note, BundleError, limit=1 << 20)
+        folder, note = contents.read_note(path, FOLDER, NOTE, Note)
         for name in (VISION, DECODER):
             if name not in note.files:
                 raise BundleError(f"{folder / NOTE} lists no {name}")

@@ -27,7 +27,7 @@ import matplotlib  # ships the DejaVu family under a free licence
 from PIL import Image, ImageDraw, ImageFont
 
 from dualfocus.runtime.errors import InputError, PictureError
-from dualfocus.runtime.files import claimed, naming, sync, with_parents
+from dualfocus.runtime.files import claimed, empty, naming, sync, with_parents
 from dualfocus.runtime.image import open_picture
 from dualfocus.runtime.manifest import BoxFormat
 from dualfocus.runtime.turns import DUALFOCUS, Question
@@ -67,7 +67,7 @@ def build(
     place = out.parent / f".{out.name}.partial"
     with with_parents(out), claimed(place, InputError):
         try:
-            _empty(place)  # of what a run that was killed left
+            empty(place)  # of what a run that was killed left
             with naming(place):
                 statistics = _build(source, place, images, seed, watch)
             (place / "out").rename(out)
@@ -76,16 +76,8 @@ def build(
     return statistics
 
 
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
 def _build(source: Path, place: Path, images: Path | None, seed: int, watch: Watch) -> dict[str, Any]:
-    """Write the folder `out` in `place`; what is only needed meanwhile lies beside it."""
+    """Write the folder `out` in `place`; what is only needed meanwhile lies next to it."""
     folder = place / "out"
     folder.mkdir()
     with closing(Annotations(source, place / "spool", watch)) as annotations:

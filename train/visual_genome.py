@@ -35,7 +35,7 @@ from dualfocus.train.curate import Records
 
 Watch = Callable[[str, int, int], object]  # told what is done, how much of it, and of how much
 Entry = Mapping[str, Any]
-Complain = Callable[[str], object]  # told the reason why a part of a record is left out, and the rest is not
+Complain = Callable[[str], object]  # called with the reason why a part of a record alone is left out
 
 REQUIRED = ("image_data", "objects", "region_descriptions", "question_answers")
 MAPPING = "qa_to_region_mapping"
